@@ -1,0 +1,194 @@
+"""Synthesises Ghost Attention dialogues: user turns are given, replies are sampled under the instruction (paper §3.3).
+
+All dialogues advance together, one turn at a time, so that an engine can batch over them and keep their prefixes. The
+instruction stands on every user turn while sampling; the dialogues come out plain, and `training_record` puts it back into
+the first turn only. A reply that does not obey is sampled again, up to `max_candidates` times; where none obeys, the
+dialogue ends before that turn: what it has is kept, the reason is recorded.
+
+Nothing here samples, logs or reads files: `reply` and `judge` are passed in.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from configs.errors import UserError
+from gatt.instructions import Instruction
+from gatt.transform import Message, training_record, with_instruction_everywhere
+
+CUT_REASONS = ("disobeyed", "unfinished", "too_long")
+
+
+@dataclass(frozen=True)
+class Draft:
+    """What an engine returns for one context: the text of a finished reply, or why there is none.
+
+    `problem` is "" for a reply that ended by itself, "unfinished" for one cut at the token limit, "too_long" where the
+    context has no room for a reply.
+    """
+
+    text: str
+    problem: str = ""
+
+
+class Reply(Protocol):
+    """Samples one reply for each context.
+
+    `rows[i]` is the index of the dialogue that `contexts[i]` continues, so that an engine can keep that dialogue's prefix;
+    asked twice for the same turn of a row, it draws another reply. Contexts hold the instruction on every user turn.
+    """
+
+    def __call__(self, rows: list[int], contexts: list[list[Message]]) -> list[Draft]: ...
+
+
+# (context, candidate replies, instruction) -> a score for each candidate; the highest is kept
+Judge = Callable[[list[Message], list[str], Instruction], Sequence[float]]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One dialogue to make: its user turns, the instruction, and the slot that carries it at turn 1."""
+
+    user_turns: tuple[str, ...]
+    instruction: Instruction
+    slot: str
+
+
+@dataclass
+class Dialogue:
+    """One dialogue made. `messages` is plain (no instruction) and ends with a reply, or is empty where turn 1 failed.
+
+    Attributes:
+        cut: "" where every turn was made, else one of `CUT_REASONS`.
+        first_draft_obeyed: for each turn sampled, whether the first draft obeyed: obedience before any selection.
+        drafts: replies sampled in all.
+    """
+
+    plan: Plan
+    messages: list[Message] = field(default_factory=list)
+    cut: str = ""
+    first_draft_obeyed: list[bool] = field(default_factory=list)
+    drafts: int = 0
+
+    @property
+    def turns(self) -> int:
+        """Finished exchanges."""
+        return len(self.messages) // 2
+
+    def record(self, wording: str) -> dict:
+        """The training row, {"messages", "train_on"}; `wording` is the instruction as the model shall learn to read it."""
+        return training_record(self.messages, wording, self.plan.slot, [True] * self.turns)
+
+
+def plan_dialogues(
+    user_turns: Sequence[Sequence[str]], instructions: Sequence[Instruction], slots: Sequence[str]
+) -> list[Plan]:
+    """Joins the three lists and checks them.
+
+    Raises:
+        UserError: an empty list, lists of different lengths, a dialogue without turns, or an empty user turn.
+    """
+    if not user_turns:
+        raise UserError("no user turns were given; Ghost Attention needs at least one dialogue")
+    if not len(user_turns) == len(instructions) == len(slots):
+        raise UserError(
+            f"{len(user_turns)} dialogues, {len(instructions)} instructions and {len(slots)} slots; give one of each a dialogue"
+        )
+    for index, turns in enumerate(user_turns):
+        if not turns:
+            raise UserError(f"dialogue {index} has zero user turns; give at least one")
+        if any(not turn.strip() for turn in turns):
+            raise UserError(f"dialogue {index} has an empty user turn; remove it")
+    return [Plan(tuple(turns), i, slot) for turns, i, slot in zip(user_turns, instructions, slots, strict=True)]
+
+
+def synthesise(
+    plans: Sequence[Plan],
+    reply: Reply,
+    obeys: Callable[[Instruction, str], bool],
+    max_candidates: int = 1,
+    judge: Judge | None = None,
+) -> list[Dialogue]:
+    """Makes one dialogue a plan, in the plans' order.
+
+    Args:
+        obeys: the checker. Only replies that pass are kept.
+        max_candidates: drafts a turn at most. Without a judge the first that obeys is kept and no more are drawn.
+        judge: scores the candidates that obey; then all `max_candidates` are drawn and the best is kept (ties: the earliest).
+
+    Raises:
+        UserError: `max_candidates` below 1, or a plan whose instruction or slot is invalid.
+    """
+    if max_candidates < 1:
+        raise UserError(f"max_candidates is {max_candidates}; at least one reply a turn must be drawn")
+    dialogues = [Dialogue(plan) for plan in plans]
+    for turn in range(max((len(plan.user_turns) for plan in plans), default=0)):
+        rows = [i for i, d in enumerate(dialogues) if not d.cut and turn < len(d.plan.user_turns)]
+        contexts = {i: _context(dialogues[i], turn) for i in rows}
+        drafts: dict[int, list[Draft]] = {i: [] for i in rows}
+        passed: dict[int, list[str]] = {i: [] for i in rows}
+        for _ in range(max_candidates):
+            open_rows = [i for i in rows if _wants_more(drafts[i], passed[i], judge is not None)]
+            if not open_rows:
+                break
+            for i, draft in zip(open_rows, reply(open_rows, [contexts[i] for i in open_rows]), strict=True):
+                drafts[i].append(draft)
+                if not draft.problem and draft.text.strip() and obeys(dialogues[i].plan.instruction, draft.text):
+                    passed[i].append(draft.text)
+        for i in rows:
+            dialogue, first = dialogues[i], drafts[i][0]
+            dialogue.drafts += len(drafts[i])
+            if first.problem != "too_long":  # nothing was sampled then, so nothing obeyed or disobeyed
+                dialogue.first_draft_obeyed.append(bool(passed[i]) and passed[i][0] == first.text and not first.problem)
+            if not passed[i]:
+                dialogue.cut = drafts[i][-1].problem or "disobeyed"
+                continue
+            best = _best(contexts[i], passed[i], dialogue.plan.instruction, judge)
+            dialogue.messages += [
+                {"role": "user", "content": dialogue.plan.user_turns[turn]},
+                {"role": "assistant", "content": best},
+            ]
+    return dialogues
+
+
+def _context(dialogue: Dialogue, turn: int) -> list[Message]:
+    plain = [*dialogue.messages, {"role": "user", "content": dialogue.plan.user_turns[turn]}]
+    return with_instruction_everywhere(plain, dialogue.plan.instruction.text, dialogue.plan.slot)
+
+
+def _wants_more(drafts: list[Draft], passed: list[str], judged: bool) -> bool:
+    if drafts and drafts[-1].problem == "too_long":
+        return False  # another draft would find no more room
+    return judged or not passed
+
+
+def _best(context: list[Message], candidates: list[str], instruction: Instruction, judge: Judge | None) -> str:
+    if judge is None or len(candidates) == 1:
+        return candidates[0]
+    scores = list(judge(context, candidates, instruction))
+    if len(scores) != len(candidates):
+        raise ValueError(f"the judge gave {len(scores)} scores for {len(candidates)} candidates")
+    return candidates[max(range(len(candidates)), key=lambda k: scores[k])]
+
+
+def counts(dialogues: Sequence[Dialogue]) -> dict[str, int]:
+    """How many dialogues were planned, finished, cut short (by reason) or lost at turn 1, and replies drawn and kept."""
+    result = {
+        "planned": len(dialogues),
+        "finished": sum(not d.cut for d in dialogues),
+        "empty": sum(not d.messages for d in dialogues),
+        "replies_kept": sum(d.turns for d in dialogues),
+        "replies_sampled": sum(d.drafts for d in dialogues),
+        "turns_not_made": sum(len(d.plan.user_turns) - d.turns for d in dialogues),
+    }
+    return result | {f"cut_{reason}": sum(d.cut == reason for d in dialogues) for reason in CUT_REASONS}
+
+
+def obedience_by_turn(dialogues: Sequence[Dialogue]) -> dict[str, float]:
+    """{turn from "1": share of first drafts that obeyed}: the sampling model's own obedience, before any selection."""
+    longest = max((len(d.first_draft_obeyed) for d in dialogues), default=0)
+    shares = {}
+    for turn in range(longest):
+        marks = [d.first_draft_obeyed[turn] for d in dialogues if turn < len(d.first_draft_obeyed)]
+        shares[str(turn + 1)] = sum(marks) / len(marks)
+    return shares

@@ -1,0 +1,83 @@
+"""Persistence by turn: numbers worked out by hand or from published tables."""
+
+import pytest
+
+from configs.errors import UserError
+from gatt.persistence import Observation, by_turn, range_mean, summarise, wilson
+
+
+def test_wilson_interval():
+    # Newcombe (1998), table I: 81 of 263 -> 0.2553 to 0.3662; 15 of 148 -> 0.0624 to 0.1605; 0 of 20 -> 0 to 0.1611;
+    # 1 of 29 -> 0.0061 to 0.1718
+    for k, n, low, high in (
+        (81, 263, 0.2553, 0.3662),
+        (15, 148, 0.0624, 0.1605),
+        (0, 20, 0, 0.1611),
+        (1, 29, 0.0061, 0.1718),
+    ):
+        assert wilson(k, n) == pytest.approx((low, high), abs=5e-5)
+    assert wilson(20, 20) == pytest.approx((1 - 0.1611, 1), abs=5e-5)  # mirrored
+    assert wilson(0, 20)[0] == 0.0
+    assert wilson(20, 20)[1] == 1.0
+    assert wilson(0, 0) == (0.0, 1.0)
+    with pytest.raises(ValueError, match="3 successes in 2 trials"):
+        wilson(3, 2)
+
+
+# two dialogues; the second breaks off after turn 2
+OBSERVATIONS = [
+    Observation(0, 1, "figure", True),
+    Observation(0, 2, "figure", True, answer_ok=False),  # says the word, does not answer: must not count
+    Observation(0, 3, "figure", False),
+    Observation(1, 1, "hobby", True),
+    Observation(1, 2, "hobby", True),
+]
+
+
+def test_a_turn_counts_only_if_it_obeys_and_answers():
+    assert by_turn(OBSERVATIONS) == {1: (2, 2), 2: (1, 2), 3: (0, 1)}
+
+
+def test_summary():
+    summary = summarise(OBSERVATIONS, 4, 2, ranges=((1, 20), (2, 3), (6, 20)))
+    assert [summary[str(turn)] for turn in range(1, 5)] == [1.0, 0.5, 0.0, None]
+    assert summary["by_kind"] == {"figure": {"1": 1.0, "2": 0.0, "3": 0.0}, "hobby": {"1": 1.0, "2": 1.0}}
+    assert summary["obeyed"] == {"1": 1.0, "2": 1.0, "3": 0.0, "4": None}
+    assert summary["answered"] == {"1": 1.0, "2": 0.5, "3": 1.0, "4": None}
+    assert summary["missing"] == {"3": 1, "4": 2}  # the dialogue that broke off is counted, not dropped in silence
+    assert summary["dialogues"] == 2
+    assert summary["mean"]["1-4"]["mean"] == pytest.approx(0.5)  # (1 + 0.5 + 0) / 3, over the turns that were observed
+    assert summary["mean"]["1-4"]["turns"] == 3
+    assert summary["mean"]["2-3"]["mean"] == pytest.approx(0.25)
+    assert "6-20" not in summary["mean"]
+    low, high = summary["ci95"]["1"]
+    assert low < 1.0 == high
+    assert summary["ci95"]["4"] == [0.0, 1.0]
+
+
+def test_range_interval_takes_the_dialogue_as_its_unit():
+    # Ten dialogues of 20 turns, five obey throughout, five never: the mean is 0.5 and the data are worth 10 trials, not 200.
+    rows = [Observation(d, turn, "figure", d < 5) for d in range(10) for turn in range(1, 21)]
+    result = range_mean(rows, 1, 20)
+    assert result is not None
+    assert result["mean"] == 0.5
+    # d_i = +-0.5/10; var = 10 * 0.0025 * 10/9 = 0.027778 -> half width 1.959964 * 0.166667 = 0.326661
+    assert (result["low"], result["high"]) == pytest.approx((0.173339, 0.826661), abs=1e-5)
+    perfect = range_mean([Observation(d, 1, "figure", True) for d in range(20)], 1, 1)
+    assert perfect is not None
+    assert (perfect["low"], perfect["high"]) == pytest.approx((1 - 0.1611, 1.0), abs=5e-5)  # Wilson: still not certain
+    assert range_mean(rows, 21, 30) is None
+
+
+def test_turns_weigh_equally():
+    rows = [Observation(d, 1, "figure", True) for d in range(3)] + [Observation(0, 2, "figure", False)]
+    result = range_mean(rows, 1, 2)
+    assert result is not None
+    assert result["mean"] == 0.5  # not 3/4
+
+
+def test_nothing_to_measure_is_an_error():
+    with pytest.raises(UserError, match="turns is 0"):
+        summarise([], 0, 5)
+    with pytest.raises(UserError, match="num_dialogues is 0"):
+        summarise([], 20, 0)

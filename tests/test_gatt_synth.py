@@ -1,0 +1,112 @@
+"""Synthesis of dialogues: a scripted engine says what it was asked, and nothing may be lost silently."""
+
+import pytest
+
+from configs.errors import UserError
+from gatt.instructions import KINDS
+from gatt.synth import Draft, counts, obedience_by_turn, plan_dialogues, synthesise
+
+NAPOLEON = KINDS["figure"].make("Napoleon")
+CHESS = KINDS["hobby"].make("chess")
+
+
+def obeys(instruction, response):
+    return instruction.value in response
+
+
+class Script:
+    """Replies from a list for each row, in order; keeps a tape of what it was asked."""
+
+    def __init__(self, *replies):
+        self.replies = [list(r) for r in replies]
+        self.tape = []
+
+    def __call__(self, rows, contexts):
+        self.tape.append((list(rows), [[m["content"] for m in c] for c in contexts]))
+        drafts = [self.replies[row].pop(0) for row in rows]
+        return [d if isinstance(d, Draft) else Draft(d) for d in drafts]
+
+
+def test_turns_are_batched_and_the_instruction_stands_on_each():
+    plans = plan_dialogues([["a", "b"], ["c"]], [NAPOLEON, CHESS], ["system", "user"])
+    script = Script(["I, Napoleon.", "Napoleon!"], ["chess."])
+    first, second = synthesise(plans, script, obeys)
+    assert script.tape == [
+        ([0, 1], [["Always act as Napoleon.", "a"], ["You enjoy chess. c"]]),
+        ([0], [["Always act as Napoleon.", "a", "I, Napoleon.", "Always act as Napoleon. b"]]),
+    ]
+    assert [m["content"] for m in first.messages] == ["a", "I, Napoleon.", "b", "Napoleon!"]  # plain
+    assert (first.cut, second.cut) == ("", "")
+    assert first.record("Figure: Napoleon.") == {
+        "messages": [
+            {"role": "system", "content": "Figure: Napoleon."},
+            {"role": "user", "content": "a"},
+            {"role": "assistant", "content": "I, Napoleon."},
+            {"role": "user", "content": "b"},
+            {"role": "assistant", "content": "Napoleon!"},
+        ],
+        "train_on": "all",
+    }
+
+
+def test_a_reply_that_fails_is_drawn_again_and_then_cuts_the_dialogue():
+    plans = plan_dialogues([["a", "b", "c"]] * 2, [NAPOLEON] * 2, ["user"] * 2)
+    script = Script(["no", "Napoleon 1", "Napoleon 2", "Napoleon 3"], ["Napoleon 1", "no", "no"])
+    saved, cut = synthesise(plans, script, obeys, max_candidates=2)
+    assert [rows for rows, _ in script.tape] == [[0, 1], [0], [0, 1], [1], [0]]
+    assert [m["content"] for m in saved.messages[1::2]] == ["Napoleon 1", "Napoleon 2", "Napoleon 3"]
+    assert [m["content"] for m in cut.messages] == ["a", "Napoleon 1"]
+    assert cut.cut == "disobeyed"
+    assert counts([saved, cut]) == {
+        "planned": 2, "finished": 1, "empty": 0, "replies_kept": 4, "replies_sampled": 7, "turns_not_made": 2,
+        "cut_disobeyed": 1, "cut_unfinished": 0, "cut_too_long": 0,
+    }  # fmt: skip
+    # turn 1: row 0's first draft failed, row 1's passed; turn 2: passed, failed; turn 3: passed
+    assert obedience_by_turn([saved, cut]) == {"1": 0.5, "2": 0.5, "3": 1.0}
+
+
+def test_unfinished_and_too_long_are_told_apart():
+    plans = plan_dialogues([["a", "b"]] * 2, [NAPOLEON] * 2, ["user"] * 2)
+    script = Script(
+        [Draft("Napoleon is", "unfinished"), Draft("Napoleon is", "unfinished")],
+        ["Napoleon.", Draft("", "too_long")],  # and it is not asked a second time: there would be no more room
+    )
+    unfinished, long = synthesise(plans, script, obeys, max_candidates=2)
+    assert (unfinished.cut, unfinished.messages) == ("unfinished", [])
+    assert (long.cut, long.turns) == ("too_long", 1)
+    assert script.replies == [[], []]
+    assert counts([unfinished, long])["empty"] == 1
+    assert obedience_by_turn([unfinished, long]) == {"1": 0.5}  # turn 2 was never sampled
+
+
+def test_the_judge_picks_among_replies_that_obey():
+    plans = plan_dialogues([["a"]], [NAPOLEON], ["user"])
+    script = Script(["Napoleon x", "a much better reply that disobeys", "Napoleon, longer"])
+
+    def judge(context, candidates, instruction):
+        assert context[-1]["content"] == "Always act as Napoleon. a"
+        assert candidates == ["Napoleon x", "Napoleon, longer"]
+        return [len(c) for c in candidates]
+
+    (dialogue,) = synthesise(plans, script, obeys, max_candidates=3, judge=judge)
+    assert dialogue.messages[-1]["content"] == "Napoleon, longer"
+    assert dialogue.drafts == 3
+
+
+@pytest.mark.parametrize(
+    ("turns", "instructions", "slots", "words"),
+    [
+        ([], [], [], "no user turns"),
+        ([["a"]], [], ["user"], "1 dialogues, 0 instructions and 1 slots"),
+        ([["a"], []], [NAPOLEON] * 2, ["user"] * 2, "dialogue 1 has zero user turns"),
+        ([["a", " "]], [NAPOLEON], ["user"], "dialogue 0 has an empty user turn"),
+    ],
+)
+def test_contradicting_lists_are_refused(turns, instructions, slots, words):
+    with pytest.raises(UserError, match=words):
+        plan_dialogues(turns, instructions, slots)
+
+
+def test_no_candidates_is_refused():
+    with pytest.raises(UserError, match="max_candidates is 0"):
+        synthesise(plan_dialogues([["a"]], [NAPOLEON], ["user"]), Script(["Napoleon"]), obeys, max_candidates=0)
