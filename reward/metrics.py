@@ -1,0 +1,109 @@
+"""Reward-model metrics as sums and counts, so that parts (files, processes) add up (Llama 2 paper §3.2.2, Tables 7 and 8).
+
+Letters: P = pairs. Lists and floats only; scores are raw scalars r.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from configs.records import RATINGS
+
+
+def outcome(r_chosen: float, r_rejected: float) -> float:
+    """1 when the reward model prefers the chosen response, 0 when the rejected one, one half for a tie.
+
+    A tie counted as right would make a constant model perfect; as wrong, worse than a coin.
+    """
+    if math.isnan(r_chosen) or math.isnan(r_rejected):
+        raise ValueError(f"scores are not numbers: chosen {r_chosen}, rejected {r_rejected}")
+    return 0.5 if r_chosen == r_rejected else float(r_chosen > r_rejected)
+
+
+def wilson_interval(successes: float, count: int, z: float = 1.959964) -> tuple[float, float]:
+    """95 % Wilson score interval of a share; stays inside [0, 1] and keeps its width at 0 and at `count` successes."""
+    if count == 0:
+        return 0.0, 1.0
+    share = successes / count
+    centre = share + z * z / (2 * count)
+    spread = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
+    scale = 1 + z * z / count
+    return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)
+
+
+def share(outcomes: Sequence[float]) -> dict[str, Any]:
+    """{"accuracy", "ci95": [low, high], "count"} of outcomes in {0, 0.5, 1}; accuracy is None when there are none."""
+    low, high = wilson_interval(sum(outcomes), len(outcomes))
+    return {
+        "accuracy": sum(outcomes) / len(outcomes) if outcomes else None,
+        "ci95": [low, high],
+        "count": len(outcomes),
+    }
+
+
+def by_group(outcomes: Sequence[float], groups: Sequence[str | None], order: Sequence[str] = ()) -> dict[str, dict]:
+    """`share` for each group, first those of `order`, then the others by name; rows of group None are left out."""
+    found = {group for group in groups if group is not None}
+    ordered = [group for group in order if group in found] + sorted(found - set(order))
+    pairs = list(zip(outcomes, groups, strict=True))
+    return {name: share([value for value, group in pairs if group == name]) for name in ordered}
+
+
+def ceiling(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """The accuracy that the best possible model can expect, where the annotator's choice probability is known.
+
+    `p_chosen` of a row is the probability with which a simulated annotator picks the response that it did pick. A model that
+    knew it would name the likelier response and be right with max(p, 1 - p). By rating this holds as long as the rating
+    tells nothing about which of the two was picked. Returns None unless every row has the field.
+    """
+    if not rows or any(row.get("p_chosen") is None for row in rows):
+        return None
+    best = [max(row["p_chosen"], 1 - row["p_chosen"]) for row in rows]
+    return {
+        "accuracy": sum(best) / len(best),
+        "by_rating": {
+            rating: cell["accuracy"]
+            for rating, cell in by_group(best, [row.get("rating") for row in rows], RATINGS).items()
+        },
+    }
+
+
+def calibration_bins(
+    r_chosen_P: Sequence[float], r_rejected_P: Sequence[float], bins: int = 10
+) -> list[dict[str, Any]]:
+    """Reliability of the preference probability sigmoid(|r_c - r_r|) in equal bins over [0.5, 1], as sums and counts.
+
+    The model names a winner with that confidence; `outcome_sum / count` should equal `confidence_sum / count` in each bin.
+    """
+    table = [
+        {
+            "low": 0.5 + 0.5 * i / bins,
+            "high": 0.5 + 0.5 * (i + 1) / bins,
+            "count": 0,
+            "confidence_sum": 0.0,
+            "outcome_sum": 0.0,
+        }
+        for i in range(bins)
+    ]
+    for r_chosen, r_rejected in zip(r_chosen_P, r_rejected_P, strict=True):
+        confidence = 1 / (1 + math.exp(-abs(r_chosen - r_rejected)))
+        cell = table[min(int((confidence - 0.5) * 2 * bins), bins - 1)]
+        cell["count"] += 1
+        cell["confidence_sum"] += confidence
+        cell["outcome_sum"] += outcome(r_chosen, r_rejected)
+    return table
+
+
+def expected_calibration_error(table: Sequence[Mapping[str, Any]]) -> float:
+    """Mean distance of confidence and accuracy over the pairs of `calibration_bins`; 0 for an empty table."""
+    gaps = sum(abs(cell["confidence_sum"] - cell["outcome_sum"]) for cell in table)
+    return gaps / max(sum(cell["count"] for cell in table), 1)
+
+
+def score_statistics(scores: Sequence[float]) -> dict[str, float]:
+    """Mean, standard deviation (population) and range of raw scores; empty for no scores."""
+    if not scores:
+        return {}
+    mean = sum(scores) / len(scores)
+    std = math.sqrt(sum((score - mean) ** 2 for score in scores) / len(scores))
+    return {"mean": mean, "std": std, "min": min(scores), "max": max(scores)}

@@ -1,0 +1,173 @@
+"""The reward model: a language model whose next-token head gives way to one scalar (Llama 2 paper §3.2.2).
+
+On disk it is a plain `AutoModelForSequenceClassification` folder with `num_labels=1`. In memory the class is a subclass that
+differs from the plain one in two points, neither of which shows in the folder:
+
+1. The score is read at the last position of the attention mask. The plain class looks for the rightmost token that is not
+   padding, and reads one token early where a dialogue ends in a token that also serves as padding.
+2. The head stays float32 when the rest is bfloat16, whose 8 bits would round away differences between good responses.
+"""
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import logging as transformers_logging
+from transformers.modeling_outputs import SequenceClassifierOutputWithPast
+from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+
+from configs.errors import UserError
+
+
+class ScoreAtEnd:
+    """Mixed into a Hugging Face sequence-classification class; see the module's docstring for what it changes."""
+
+    _keep_in_fp32_modules_strict = {"score"}
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, **_: Any) -> SequenceClassifierOutputWithPast:
+        """input_ids, attention_mask [B, T], padded on the right -> `.logits` [B, 1], float32 raw scores r."""
+        backbone = getattr(self, self.base_model_prefix)  # type: ignore[attr-defined]
+        hidden_BTD = backbone(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
+        last_B = attention_mask.sum(dim=1) - 1
+        hidden_BD = hidden_BTD[torch.arange(len(last_B), device=last_B.device), last_B]
+        with torch.autocast(hidden_BD.device.type, enabled=False):
+            return SequenceClassifierOutputWithPast(logits=self.score(hidden_BD.float()))  # type: ignore[attr-defined]
+
+
+def load_reward_model(
+    path: str | Path, dtype: torch.dtype = torch.float32, attn_implementation: str = "sdpa"
+) -> PreTrainedModel:
+    """A trained reward model, in evaluation mode. UserError where the folder holds no scalar head."""
+    config = _config(path)
+    if not _has_scalar_head(config):
+        raise UserError(
+            f"{path} is not a reward model: its config names {config.architectures} with {config.num_labels} labels, not one"
+            " score. Pass the `model` folder that train_reward.py wrote."
+        )
+    return _load(path, config, dtype, attn_implementation).eval()
+
+
+def create_reward_model(
+    path: str | Path,
+    tokenizer: PreTrainedTokenizerBase,
+    dtype: torch.dtype = torch.float32,
+    attn_implementation: str = "sdpa",
+    seed: int = 0,
+) -> PreTrainedModel:
+    """A reward model to train, from a language model (new head) or from an earlier reward model (its head kept).
+
+    The new head is drawn from N(0, 1/sqrt(d + 1)), d = hidden size, which makes first scores of order one. Dropout is off
+    throughout. UserError where the tokenizer does not fit the model or has no padding token of its own.
+    """
+    check_padding_token(tokenizer, path)
+    config = _config(path)
+    new_head = not _has_scalar_head(config)
+    config.num_labels = 1
+    for name in [name for name in vars(config) if name.endswith(("dropout", "pdrop"))]:
+        setattr(config, name, 0.0)
+    model = _load(path, config, dtype, attn_implementation)
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+        # A padding token added to a model that had none. Padding is masked, so what its row holds does not matter.
+        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    model.config.pad_token_id = tokenizer.pad_token_id
+    if new_head:
+        weight = model.score.weight
+        generator = torch.Generator().manual_seed(seed)
+        drawn = torch.randn(weight.shape, generator=generator) / (weight.shape[1] + 1) ** 0.5
+        with torch.no_grad():
+            weight.copy_(drawn)
+    return model
+
+
+def check_padding_token(tokenizer: PreTrainedTokenizerBase, path: str | Path) -> None:
+    """UserError unless the tokenizer's padding token exists and ends no dialogue."""
+    pad, eos = tokenizer.pad_token_id, tokenizer.eos_token_id
+    if pad is None or pad == eos:
+        fault = (
+            "has no padding token"
+            if pad is None
+            else f"uses its end-of-text token ({tokenizer.eos_token!r}) as padding"
+        )
+        raise UserError(
+            f"the tokenizer of {path} {fault}. A score is read at the last real token, so padding needs a token of its own: "
+            "tokenizer.add_special_tokens({'pad_token': '<pad>'}), then save the tokenizer into the model folder."
+        )
+
+
+def add_lora(model: PreTrainedModel, r: int, alpha: int, dropout: float, target_modules: list[str] | None) -> nn.Module:
+    """LoRA around the backbone, the scalar head trained in full and in float32. `target_modules` None: every linear layer."""
+    from peft import LoraConfig, TaskType, get_peft_model
+
+    config = LoraConfig(
+        task_type=TaskType.SEQ_CLS,
+        modules_to_save=["score"],  # without it the random head would stay frozen, without an error
+        r=r,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        target_modules=target_modules or "all-linear",
+    )
+    return get_peft_model(model, config)
+
+
+def save_reward_model(model: Any, tokenizer: PreTrainedTokenizerBase, folder: str | Path, card: str) -> None:
+    """Write the plain folder: config, safetensors, tokenizer, README.md. LoRA is merged, the adapter beside it in adapter/.
+
+    Merging changes `model`: use it for nothing else afterwards.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    if hasattr(model, "merge_and_unload"):
+        model.save_pretrained(folder / "adapter")
+        model = model.merge_and_unload()
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def _config(path: str | Path) -> Any:
+    try:
+        return AutoConfig.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"model_name_or_path: no Hugging Face model at {path} ({str(error).splitlines()[0]}). "
+            "Give a folder with a config.json, or a Hub name."
+        ) from error
+
+
+def _has_scalar_head(config: Any) -> bool:
+    return config.num_labels == 1 and any("SequenceClassification" in name for name in config.architectures or [])
+
+
+def _load(path: str | Path, config: Any, dtype: torch.dtype, attn_implementation: str) -> PreTrainedModel:
+    if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+        raise UserError(
+            f"{path}: transformers has no sequence-classification class for model type {config.model_type!r}"
+        )
+    plain = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(config)]
+    # The subclass keeps the plain name, because save_pretrained writes it into config.json.
+    ours = type(plain.__name__, (ScoreAtEnd, plain), {"__module__": plain.__module__})
+    with _no_load_report():
+        model = ours.from_pretrained(path, config=config, dtype=dtype, attn_implementation=attn_implementation)
+    if not isinstance(getattr(model, "score", None), nn.Linear):
+        raise UserError(f"{path}: {plain.__name__} has no linear head called `score`; decoder-only models have one")
+    model.score.float()
+    return model
+
+
+@contextlib.contextmanager
+def _no_load_report() -> Iterator[None]:
+    """Hide the table of missing and unexpected weights: a language-model head out and a scalar head in are the intent."""
+    before = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity(logging.ERROR)
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(before)

@@ -1,0 +1,50 @@
+"""The piecewise reward and its whitening against the worked numbers of the recipe."""
+
+import pytest
+import torch
+
+from reward.combine import combined_reward, whiten
+
+
+def logit(probability: float) -> float:
+    return float(torch.logit(torch.tensor(probability, dtype=torch.float64)))
+
+
+def test_each_branch_of_the_rule():
+    #                   tagged   unsafe answer   safe answer
+    r_safety = torch.tensor([2.0, -1.7347, -1.7346])  # logit(0.15) = -1.734601
+    r_helpfulness = torch.tensor([5.0, 6.0, 7.0])
+    is_safety = torch.tensor([True, False, False])
+    found = combined_reward(r_safety, r_helpfulness, is_safety)
+    torch.testing.assert_close(found, torch.tensor([2.0, -1.7347, 7.0]))
+
+
+def test_raw_scores_survive_where_a_sigmoid_would_saturate():
+    found = combined_reward(torch.tensor([9.0, -200.0]), torch.tensor([40.0, 1.0]), torch.tensor([False, False]))
+    assert found.tolist() == [40.0, -200.0]
+
+
+def test_threshold_is_a_setting_and_strict():
+    r_safety, r_helpfulness, tagged = torch.zeros(1), torch.ones(1), torch.tensor([False])
+    assert combined_reward(r_safety, r_helpfulness, tagged, threshold=0.5).item() == 1.0  # R_s = 0.5 is not below 0.5
+    assert combined_reward(r_safety, r_helpfulness, tagged, threshold=0.6).item() == 0.0
+    with pytest.raises(ValueError, match="threshold"):
+        combined_reward(r_safety, r_helpfulness, tagged, threshold=0.0)
+
+
+def test_shapes_must_agree():
+    with pytest.raises(ValueError, match="shapes differ"):
+        combined_reward(torch.zeros(2), torch.zeros(2), torch.tensor([True]))
+
+
+def test_whitened_logits_of_the_recipe():
+    r_c = torch.tensor([logit(p) for p in (0.10, 0.90, 0.20, 0.50)])
+    torch.testing.assert_close(r_c, torch.tensor([-2.1972, 2.1972, -1.3863, 0.0]), atol=5e-5, rtol=0)
+    expected = torch.tensor([-1.1111, 1.5273, -0.6242, 0.2081])
+    torch.testing.assert_close(whiten(r_c), expected, atol=5e-5, rtol=0)
+
+
+def test_whitening_gives_mean_zero_and_population_variance_one():
+    white = whiten(torch.tensor([3.0, 5.0]))
+    torch.testing.assert_close(white, torch.tensor([-1.0, 1.0]))  # the sample variance would give 0.7071
+    assert whiten(torch.full((4,), 2.5)).tolist() == [0.0] * 4
