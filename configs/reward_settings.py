@@ -1,6 +1,6 @@
 """Settings of reward-model training (Llama 2 paper §3.2.2; optimizer as for the base model, §2.2).
 
-Fields that Hugging Face's TrainingArguments has too keep its name and meaning. Defaults are the paper's where it gives one.
+Fields that Hugging Face's TrainingArguments has too keep its name and meaning. Defaults follow the paper.
 """
 
 from dataclasses import dataclass, field
@@ -93,7 +93,7 @@ class RewardSettings:
         if self.mix_weights is not None:
             if len(self.mix_weights) != len(self.train_files):
                 raise UserError(
-                    f"mix_weights: {len(self.mix_weights)} weights for {len(self.train_files)} train_files; give one each"
+                    f"mix_weights: {len(self.mix_weights)} weights for {len(self.train_files)} train_files: one each"
                 )
             if min(self.mix_weights) <= 0:
                 raise UserError(

@@ -17,7 +17,7 @@ IdList = Sequence[int] | np.ndarray  # the token ids of one dialogue
 def batches_by_budget(lengths: Sequence[int], token_budget: int) -> list[list[int]]:
     """Indices grouped longest first, rows x longest <= `token_budget`; a row beyond the budget goes alone.
 
-    Similar lengths share a batch, so little is padding; the longest batch comes first, so memory runs out at once or never.
+    Similar lengths share a batch, so little is padding. The longest come first, so memory runs out at once or never.
     """
     batches: list[list[int]] = []
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):

@@ -4,8 +4,8 @@
           R_h   otherwise
     reward = whiten(logit(R_c))      the KL penalty is subtracted later, outside the whitening
 
-R = sigmoid(r) and logit undoes it, so everything here stays in raw scores r: no round trip through a sigmoid, which would
-saturate. Letters: B = responses.
+R = sigmoid(r) and logit undoes it, so everything here stays in raw scores r: no round trip through a sigmoid, which
+would saturate. Letters: B = responses.
 """
 
 import math
@@ -19,7 +19,7 @@ def combined_reward(
 ) -> Tensor:
     """logit(R_c), the raw score of the reward model that the rule picks, for each of B responses; [B], float.
 
-    `is_safety_B` is boolean. `threshold` is on R_s, in (0, 1); the comparison is made on r_s < logit(threshold), strictly.
+    `is_safety_B` is boolean. `threshold` is on R_s, in (0, 1); compared is r_s < logit(threshold), strictly.
     """
     if not 0 < threshold < 1:
         raise ValueError(f"threshold is a probability R_s in (0, 1), got {threshold}")

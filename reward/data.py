@@ -34,7 +34,7 @@ class EncodedPair:
 
 
 def shorten_prompt(prompt: Sequence[Mapping[str, str]]) -> list[Mapping[str, str]] | None:
-    """`prompt` without its oldest user and assistant message; a system message stays. None: only the last turn is left."""
+    """`prompt` without its oldest user and assistant message; a system message stays. None: no turn can be spared."""
     system = list(prompt[:1]) if prompt and prompt[0]["role"] == "system" else []
     turns = list(prompt[len(system) :])
     return system + turns[2:] if len(turns) > 2 else None
@@ -45,8 +45,8 @@ def encode_pairs(
 ) -> tuple[list[EncodedPair], list[dict[str, Any]], Counter]:
     """Encode `rows`, both dialogues of a pair with the same prompt, at most `max_length` tokens each.
 
-    A longer prompt loses its oldest turns, never the response. A margin given in the row stands; else its rating's margin
-    from `margins`; else 0. With `margins` None (Eq. 1) every margin is 0. `unrated` counts rows with neither.
+    A longer prompt loses its oldest turns, never the response. A margin given in the row stands; else its rating's
+    margin from `margins`; else 0. With `margins` None (Eq. 1) every margin is 0. `unrated` counts rows with neither.
     Returns (pairs, refused rows with a `reason`, counts of pairs / shortened / refused / unrated).
     """
     pairs: list[EncodedPair] = []
@@ -88,7 +88,7 @@ def encode_pairs(
 
 
 def mix_sizes(available: Sequence[int], weights: Sequence[float]) -> list[int]:
-    """Rows to draw from each source so that shares follow `weights`, no row repeats, and at least one source is used up.
+    """Rows to draw from each source so that shares follow `weights`, no row repeats and at least one source is used up.
 
     The paper's 90/10 and 50/50 (§3.2.2). UserError where a source would give no row at all.
     """
@@ -96,8 +96,8 @@ def mix_sizes(available: Sequence[int], weights: Sequence[float]) -> list[int]:
     sizes = [min(rows, int(total * weight + 1e-9)) for rows, weight in zip(available, weights, strict=True)]
     if 0 in sizes:
         raise UserError(
-            f"mix_weights: shares {list(weights)} of sources with {list(available)} rows leave source {sizes.index(0) + 1} "
-            "without any row; add rows or change the weights"
+            f"mix_weights: shares {list(weights)} of sources with {list(available)} rows leave source "
+            f"{sizes.index(0) + 1} without any row; add rows or change the weights"
         )
     return sizes
 

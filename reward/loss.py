@@ -1,6 +1,6 @@
 """Margins and losses of the reward models (Llama 2 paper §3.2.2, Eq. 1 and 2, Table 27).
 
-Letters: P = pairs in the batch. Scores are raw scalars r, before any sigmoid: a margin of 3 would be impossible in (0, 1).
+Letters: P = pairs in the batch. Scores are raw scalars r, before any sigmoid: a margin of 3 cannot be met in (0, 1).
 Losses are sums over pairs; the loop divides by the number of pairs of the whole optimizer step, over all micro-batches
 and processes, so that neither accumulation nor the number of processes changes the result.
 """
@@ -20,8 +20,8 @@ MARGIN_TABLES: dict[str, tuple[float, ...]] = {
     "large": (3.0, 2.0, 1.0, 0.0),
 }
 
-# (chosen is safe, rejected is safe) by safety bin. The fourth case, an unsafe response chosen over a safe one, is excluded
-# when the data are collected (§3.2.1). NaN: no label, no auxiliary loss.
+# (chosen is safe, rejected is safe) by safety bin. The fourth case, an unsafe response chosen over a safe one, is
+# excluded when the data are collected (§3.2.1). NaN: no label, no auxiliary loss.
 SAFETY_LABELS: dict[str | None, tuple[float, float]] = {
     "chosen_safe": (1.0, 0.0),
     "both_safe": (1.0, 1.0),
@@ -62,8 +62,8 @@ def ranking_loss_sum(r_chosen_P: Tensor, r_rejected_P: Tensor, margin_P: Tensor)
 def safety_loss_sum(r_chosen_P: Tensor, r_rejected_P: Tensor, chosen_safe_P: Tensor, rejected_safe_P: Tensor) -> Tensor:
     """The safety reward model's auxiliary loss, summed over the pairs; the paper gives its purpose, not its formula.
 
-    Binary cross-entropy of R = sigmoid(r) against safe = 1, unsafe = 0, averaged over the two responses of a pair. A label
-    of NaN leaves its response out (its share of the average is 0). Returns a scalar.
+    Binary cross-entropy of R = sigmoid(r) against safe = 1, unsafe = 0, averaged over the two responses of a pair. A
+    label of NaN leaves its response out (its share of the average is 0). Returns a scalar.
     """
     r_2P = torch.cat([r_chosen_P, r_rejected_P])
     safe_2P = torch.cat([chosen_safe_P, rejected_safe_P]).to(r_2P.dtype)

@@ -1,4 +1,4 @@
-"""Reward-model metrics as sums and counts, so that parts (files, processes) add up (Llama 2 paper §3.2.2, Tables 7 and 8).
+"""Reward-model metrics as sums and counts, so that parts add up (Llama 2 paper §3.2.2, Tables 7 and 8).
 
 Letters: P = pairs. Lists and floats only; scores are raw scalars r.
 """
@@ -52,9 +52,9 @@ def by_group(outcomes: Sequence[float], groups: Sequence[str | None], order: Seq
 def ceiling(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     """The accuracy that the best possible model can expect, where the annotator's choice probability is known.
 
-    `p_chosen` of a row is the probability with which a simulated annotator picks the response that it did pick. A model that
-    knew it would name the likelier response and be right with max(p, 1 - p). By rating this holds as long as the rating
-    tells nothing about which of the two was picked. Returns None unless every row has the field.
+    `p_chosen` of a row is the probability with which a simulated annotator picks the response that it did pick. A
+    model that knew it would name the likelier response and be right with max(p, 1 - p). By rating this holds as long
+    as the rating tells nothing about which of the two was picked. Returns None unless every row has the field.
     """
     if not rows or any(row.get("p_chosen") is None for row in rows):
         return None
@@ -73,7 +73,8 @@ def calibration_bins(
 ) -> list[dict[str, Any]]:
     """Reliability of the preference probability sigmoid(|r_c - r_r|) in equal bins over [0.5, 1], as sums and counts.
 
-    The model names a winner with that confidence; `outcome_sum / count` should equal `confidence_sum / count` in each bin.
+    The model names a winner with that confidence; each bin's `outcome_sum / count` should equal its
+    `confidence_sum / count`.
     """
     table = [
         {

@@ -1,10 +1,10 @@
 """The reward model: a language model whose next-token head gives way to one scalar (Llama 2 paper §3.2.2).
 
-On disk it is a plain `AutoModelForSequenceClassification` folder with `num_labels=1`. In memory the class is a subclass that
-differs from the plain one in two points, neither of which shows in the folder:
+On disk it is a plain `AutoModelForSequenceClassification` folder with `num_labels=1`. In memory the class is a
+subclass that differs from the plain one in two points, neither of which shows in the folder:
 
-1. The score is read at the last position of the attention mask. The plain class looks for the rightmost token that is not
-   padding, and reads one token early where a dialogue ends in a token that also serves as padding.
+1. The score is read at the last position of the attention mask. The plain class looks for the rightmost token that is
+   not padding, and reads one token early where a dialogue ends in a token that also serves as padding.
 2. The head stays float32 when the rest is bfloat16, whose 8 bits would round away differences between good responses.
 """
 
@@ -46,8 +46,8 @@ def load_reward_model(
     config = _config(path)
     if not _has_scalar_head(config):
         raise UserError(
-            f"{path} is not a reward model: its config names {config.architectures} with {config.num_labels} labels, not one"
-            " score. Pass the `model` folder that train_reward.py wrote."
+            f"{path} is not a reward model: its config names {config.architectures} with {config.num_labels} labels, "
+            "not one score. Pass the `model` folder that train_reward.py wrote."
         )
     return _load(path, config, dtype, attn_implementation).eval()
 
@@ -61,8 +61,8 @@ def create_reward_model(
 ) -> PreTrainedModel:
     """A reward model to train, from a language model (new head) or from an earlier reward model (its head kept).
 
-    The new head is drawn from N(0, 1/sqrt(d + 1)), d = hidden size, which makes first scores of order one. Dropout is off
-    throughout. UserError where the tokenizer does not fit the model or has no padding token of its own.
+    The new head is drawn from N(0, 1/sqrt(d + 1)), d = hidden size, which makes first scores of order one. Dropout is
+    off throughout. UserError where the tokenizer does not fit the model or has no padding token of its own.
     """
     check_padding_token(tokenizer, path)
     config = _config(path)
@@ -97,13 +97,13 @@ def check_padding_token(tokenizer: PreTrainedTokenizerBase, path: str | Path) ->
             else f"uses its end-of-text token ({tokenizer.eos_token!r}) as padding"
         )
         raise UserError(
-            f"the tokenizer of {path} {fault}. A score is read at the last real token, so padding needs a token of its own: "
+            f"the tokenizer of {path} {fault}. A score is read at the last real token, so padding needs its own: "
             "tokenizer.add_special_tokens({'pad_token': '<pad>'}), then save the tokenizer into the model folder."
         )
 
 
 def add_lora(model: PreTrainedModel, r: int, alpha: int, dropout: float, target_modules: list[str] | None) -> nn.Module:
-    """LoRA around the backbone, the scalar head trained in full and in float32. `target_modules` None: every linear layer."""
+    """LoRA around the backbone, the scalar head trained in full, in float32. `target_modules` None: all linear ones."""
     from peft import LoraConfig, TaskType, get_peft_model
 
     config = LoraConfig(
@@ -118,7 +118,7 @@ def add_lora(model: PreTrainedModel, r: int, alpha: int, dropout: float, target_
 
 
 def save_reward_model(model: Any, tokenizer: PreTrainedTokenizerBase, folder: str | Path, card: str) -> None:
-    """Write the plain folder: config, safetensors, tokenizer, README.md. LoRA is merged, the adapter beside it in adapter/.
+    """Write the plain folder: config, safetensors, tokenizer, README.md. LoRA is merged and kept in adapter/ too.
 
     Merging changes `model`: use it for nothing else afterwards.
     """
@@ -153,7 +153,7 @@ def _load(path: str | Path, config: Any, dtype: torch.dtype, attn_implementation
         )
     plain = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(config)]
     # The subclass keeps the plain name, because save_pretrained writes it into config.json.
-    ours = type(plain.__name__, (ScoreAtEnd, plain), {"__module__": plain.__module__})
+    ours: Any = type(plain.__name__, (ScoreAtEnd, plain), {"__module__": plain.__module__})
     with _no_load_report():
         model = ours.from_pretrained(path, config=config, dtype=dtype, attn_implementation=attn_implementation)
     if not isinstance(getattr(model, "score", None), nn.Linear):
@@ -164,7 +164,7 @@ def _load(path: str | Path, config: Any, dtype: torch.dtype, attn_implementation
 
 @contextlib.contextmanager
 def _no_load_report() -> Iterator[None]:
-    """Hide the table of missing and unexpected weights: a language-model head out and a scalar head in are the intent."""
+    """Hide the table of missing and unexpected weights: one head out and another in is the intent."""
     before = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity(logging.ERROR)
     try:

@@ -59,9 +59,12 @@ def test_long_prompts_lose_turns_never_the_response():
     pairs, refused, counts = encode_pairs([row(LONG)], WordFormat(), max_length=8, margins=None)
     assert pairs[0].chosen_ids.tolist() == [1, 4, 5, 6, 7]
     assert pairs[0].rejected_ids.tolist() == [1, 4, 5, 6, 8, 8]
-    assert pairs[0].length == 6 and not refused and counts["shortened"] == 1
+    assert pairs[0].length == 6
+    assert not refused
+    assert counts["shortened"] == 1
     pairs, _, counts = encode_pairs([row(LONG)], WordFormat(), max_length=9, margins=None)
-    assert pairs[0].length == 9 and counts["shortened"] == 0
+    assert pairs[0].length == 9
+    assert counts["shortened"] == 0
 
 
 def test_a_last_turn_that_is_too_long_is_refused_with_its_reason():
@@ -90,19 +93,22 @@ def test_collated_rows_are_chosen_then_rejected():
     assert batch["input_ids"].tolist() == [[2, 7, 0, 0], [3, 9, 9, 9], [2, 8, 8, 0], [3, 5, 0, 0]]
     assert batch["attention_mask"].sum(1).tolist() == [2, 4, 3, 2]
     assert batch["labels"].tolist() == [1, 1]
-    assert batch["chosen_safe"][0] == 1 and batch["rejected_safe"][0] == 0 and math.isnan(batch["chosen_safe"][1])
+    assert batch["chosen_safe"][0] == 1
+    assert batch["rejected_safe"][0] == 0
+    assert math.isnan(batch["chosen_safe"][1])
 
 
 def test_padding_does_not_depend_on_the_padding_token():
     ids, mask = pad_right([[4, 9], np.asarray([5], dtype=np.int32)], pad_id=9)
-    assert ids.tolist() == [[4, 9], [5, 9]] and mask.tolist() == [[1, 1], [1, 0]]
+    assert ids.tolist() == [[4, 9], [5, 9]]
+    assert mask.tolist() == [[1, 1], [1, 0]]
     assert ids.dtype == torch.long
 
 
 def test_batches_hold_every_row_once_within_the_budget():
     lengths = [3, 10, 4, 4, 1, 30]
     batches = batches_by_budget(lengths, token_budget=12)
-    # 30 alone although beyond the budget; 10 alone, as two rows of 10 exceed 12; then 3 rows of 4, the third being 3 long
+    # 30 alone although beyond the budget; 10 alone, as two rows of 10 exceed 12; then 3 rows of 4, one being 3 long
     assert batches == [[5], [1], [2, 3, 0], [4]]
 
 
@@ -117,7 +123,8 @@ def test_mix_sizes_follow_the_weights_without_repeats(available, weights, sizes)
 def test_mix_is_seeded_without_repeats_and_refuses_an_empty_share():
     sources = [list(range(20)), list(range(100, 110))]
     mixed = mix(sources, [3, 1], seed=1)
-    assert len(mixed) == len(set(mixed)) == 26 and sum(x >= 100 for x in mixed) == 6
+    assert len(mixed) == len(set(mixed)) == 26
+    assert sum(x >= 100 for x in mixed) == 6
     assert mix(sources, [3, 1], seed=1) == mixed != mix(sources, [3, 1], seed=2)
     assert sorted(mix(sources, None, seed=0)) == sorted(sources[0] + sources[1])
     with pytest.raises(UserError, match="source 2"):

@@ -31,7 +31,8 @@ def test_groups_follow_the_given_order_and_leave_none_out():
         [1, 0, 0.5, 1], ["better", None, "significantly_better", "better"], ["significantly_better", "better"]
     )
     assert list(groups) == ["significantly_better", "better"]
-    assert groups["better"]["accuracy"] == 1.0 and groups["better"]["count"] == 2
+    assert groups["better"]["accuracy"] == 1.0
+    assert groups["better"]["count"] == 2
     assert groups["significantly_better"]["accuracy"] == 0.5
     assert list(by_group([1, 1, 1], ["b", "a", "z"], ["z"])) == ["z", "a", "b"]
     assert share([])["accuracy"] is None
@@ -56,7 +57,8 @@ def test_calibration_counts_the_named_winner():
     log3 = 1.0986122886681098
     table = calibration_bins([log3 + 0.001, 0.0, 100.0, 1.0], [0.0, log3 + 0.001, 0.0, 1.0], bins=2)
     assert [cell["count"] for cell in table] == [1, 3]
-    assert table[0]["outcome_sum"] == 0.5 and table[1]["outcome_sum"] == 2.0
+    assert table[0]["outcome_sum"] == 0.5
+    assert table[1]["outcome_sum"] == 2.0
     assert table[1]["confidence_sum"] == pytest.approx(2.5, abs=1e-3)
     # |0.5 - 0.5| + |2.5 - 2| over 4 pairs
     assert expected_calibration_error(table) == pytest.approx(0.125, abs=1e-3)

@@ -84,7 +84,8 @@ def test_dropout_is_off(model):
 def test_scores_do_not_depend_on_batch_or_padding(model, token_budget):
     model.train()
     scores = score_ids(model, DIALOGUES, token_budget)
-    assert scores.dtype == torch.float32 and scores.shape == (5,)
+    assert scores.dtype == torch.float32
+    assert scores.shape == (5,)
     torch.testing.assert_close(scores, one_by_one(model.eval(), DIALOGUES), atol=1e-5, rtol=0)
     order = [3, 1, 4, 0, 2]
     shuffled = score_ids(model, [DIALOGUES[i] for i in order], token_budget)
@@ -134,7 +135,7 @@ def test_lora_trains_adapter_and_head_and_merges(model, tokenizer, tmp_path):
     assert any("score" in name for name in trainable)
     assert all("lora_" in name or "score.modules_to_save" in name for name in trainable)
     with torch.no_grad():
-        for name, weight in lora.named_parameters():
+        for _name, weight in lora.named_parameters():
             if weight.requires_grad:
                 weight.add_(0.05)
     before = score_ids(lora, DIALOGUES)

@@ -1,0 +1,253 @@
+"""Train a reward model on preference pairs (Llama 2 paper §3.2.2); run once for helpfulness, once for safety.
+
+    accelerate launch rlhf/train_reward.py --config configs/reward_hh_harmless.yaml \\
+        --model_name_or_path <chat model> --output_dir runs/reward
+    accelerate launch --num_processes 8 rlhf/train_reward.py --config ...          (one process a GPU)
+
+1. The scalar head replaces the next-token head of a chat checkpoint; the score is read at the last token.
+2. Loss: -log sigmoid(r_c - r_r - m), m by the pair's rating (Eq. 2, Table 27). Rows without a rating get m = 0
+   and are counted.
+3. The safety model adds a binary cross-entropy on the safety labels; the paper gives no formula.
+4. Prompts beyond max_length lose their oldest turns, never the response.
+
+Writes a run folder: settings, metrics.jsonl, test pairs with scores, summary.json, and the model in `model/`.
+Expect an accuracy of 0.5 at the start and, on HH-RLHF, 0.6 to 0.7 after one epoch.
+"""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+if __package__ in (None, ""):  # launched by path, Python puts rlhf/ first: `import reward` would fail
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from rlhf import cli  # noqa: E402,I001  (first: it switches off telemetry before trl is imported)
+
+from collections import Counter  # noqa: E402
+from time import monotonic  # noqa: E402
+
+from transformers.trainer_utils import get_last_checkpoint  # noqa: E402
+
+from configs.chat import ChatFormat, load_chat_format  # noqa: E402
+from configs.errors import UserError  # noqa: E402
+from configs.model_settings import ModelSettings, RunSettings  # noqa: E402
+from configs.records import RATINGS, read_preferences, split_by_prompt, write_jsonl  # noqa: E402
+from configs.reward_settings import RewardSettings  # noqa: E402
+from reward import metrics  # noqa: E402
+from reward.data import EncodedPair, encode_pairs, mix  # noqa: E402
+from reward.loss import margin_table  # noqa: E402
+from reward.model import add_lora, create_reward_model, save_reward_model  # noqa: E402
+from rlhf.models import data_fingerprint, load_tokenizer, model_card, resolve_dtype  # noqa: E402
+from rlhf.reward_training import RewardTrainer, score_pairs, training_arguments  # noqa: E402
+from rlhf.run import RunFolder  # noqa: E402
+
+
+def main(args: list[str] | None = None) -> dict[str, Any]:
+    """Train, test, save; returns the summary that is also in `output_dir/summary.json`."""
+    settings, model_settings, run_settings = cli.parse(RewardSettings, ModelSettings, RunSettings, args=args)
+    resolved = {**asdict(settings), **asdict(model_settings), **asdict(run_settings)}
+    if (done := RunFolder.completed(run_settings.output_dir)) and done.get("settings") == resolved:
+        return done
+    margins = _margins(settings)
+    started = monotonic()
+    arguments = training_arguments(run_settings, settings)  # joins the processes of a distributed run
+    is_main = arguments.process_index == 0
+    output_dir = Path(run_settings.output_dir)
+
+    # Data
+    tokenizer = load_tokenizer(model_settings.model_name_or_path)
+    chat_format = load_chat_format(tokenizer, model_settings.chat_format)
+    sources, test_rows = _read(settings, chat_format, run_settings.seed, output_dir if is_main else None)
+    train_rows = mix(sources, settings.mix_weights, run_settings.seed)
+    train_pairs, refused, counts = encode_pairs(train_rows, chat_format, settings.max_length, margins)
+    test_pairs, test_refused, test_counts = encode_pairs(test_rows, chat_format, settings.max_length, margins)
+    _check_refused(len(train_rows), refused, settings, output_dir if is_main else None, "train")
+    _check_refused(len(test_rows), test_refused, settings, output_dir if is_main else None, "test")
+    if settings.safety_weight and all(pair.row.get("safety") is None for pair in train_pairs):
+        raise UserError(
+            f"safety_loss_weight: {settings.safety_weight}, but no training row has a `safety` field "
+            "(chosen_safe, both_safe or both_unsafe); add it or set safety_loss_weight to 0"
+        )
+
+    # Model
+    model: Any = create_reward_model(
+        model_settings.model_name_or_path,
+        tokenizer,
+        resolve_dtype(model_settings, trainable=True),
+        model_settings.attn_implementation,
+        run_settings.seed,
+    )
+    if model_settings.use_peft:
+        if settings.gradient_checkpointing:
+            model.enable_input_require_grads()  # frozen embeddings would cut the recomputed graph off
+        model = add_lora(
+            model,
+            model_settings.lora_r,
+            model_settings.lora_alpha,
+            model_settings.lora_dropout,
+            model_settings.lora_target_modules,
+        )
+
+    # Training
+    def evaluate_pairs() -> dict[str, float]:
+        scores = score_pairs(
+            trainer.accelerator.unwrap_model(trainer.model),
+            test_pairs,
+            settings.score_token_budget,
+            arguments.process_index,
+            arguments.world_size,
+        )
+        outcomes = [metrics.outcome(chosen, rejected) for chosen, rejected in zip(*scores, strict=True)]
+        latest.update(scores=scores, outcomes=outcomes)
+        return {"accuracy": sum(outcomes) / len(outcomes)} if outcomes else {}
+
+    latest: dict[str, Any] = {}
+    run = RunFolder(run_settings.output_dir, resolved, "train_reward")
+    trainer = RewardTrainer(
+        model, arguments, settings, train_pairs, tokenizer.pad_token_id, evaluate_pairs, run.log if is_main else _no_log
+    )
+    checkpoints = Path(arguments.output_dir or "")
+    checkpoint = get_last_checkpoint(str(checkpoints)) if run_settings.resume and checkpoints.is_dir() else None
+    result = trainer.train(resume_from_checkpoint=checkpoint)
+    trained = monotonic()
+    trainer.evaluate()
+
+    # Results
+    chosen, rejected = latest["scores"]
+    summary: dict[str, Any] = {
+        "stage": "train_reward",
+        "objective": settings.objective,
+        "margin": settings.margin if settings.margin_table is None else list(settings.margin_table),
+        **pair_summary(test_pairs, chosen, rejected),
+        "steps": trainer.state.global_step,
+        "train_loss": result.training_loss,
+        "train_pairs": counts["pairs"],
+        "train_by_source": dict(sorted(Counter(str(pair.row.get("source")) for pair in train_pairs).items())),
+        "unrated": counts["unrated"],
+        "shortened": counts["shortened"],
+        "too_long": counts["refused"],
+        "test_unrated": test_counts["unrated"],
+        "test_prompts_in_training": _overlap(train_pairs, test_pairs),
+        "train_seconds": trained - started,
+    }
+    if is_main:
+        run.samples(trainer.state.global_step, _samples(test_pairs, chosen, rejected, settings.num_samples))
+        data = {path: data_fingerprint(path) for path in [*settings.train_files, *(settings.eval_files or [])]}
+        quoted = {name: value for name, value in summary.items() if isinstance(value, int | float | str)}
+        card = model_card(f"reward_{settings.objective}", resolved, data, quoted)
+        save_reward_model(trainer.accelerator.unwrap_model(trainer.model), tokenizer, output_dir / "model", card)
+    summary |= {"seconds": monotonic() - started, "settings": resolved}
+    run.finish(summary)
+    trainer.accelerator.wait_for_everyone()
+    return summary
+
+
+def pair_summary(pairs: Sequence[EncodedPair], chosen: Sequence[float], rejected: Sequence[float]) -> dict[str, Any]:
+    """Accuracy overall, by rating (strongest first), safety bin and source, the ceiling where known, score statistics.
+
+    `ceiling` is the accuracy that the best possible model can expect on these pairs, None where rows lack `p_chosen`.
+    """
+    rows = [pair.row for pair in pairs]
+    outcomes = [metrics.outcome(c, r) for c, r in zip(chosen, rejected, strict=True)]
+    overall = metrics.share(outcomes)
+    by_rating = metrics.by_group(outcomes, [row.get("rating") for row in rows], RATINGS)
+    best = metrics.ceiling(rows)
+    bins = metrics.calibration_bins(chosen, rejected)
+    return {
+        "accuracy": overall["accuracy"],
+        "ci95": overall["ci95"],
+        "test_pairs": overall["count"],
+        "ceiling": best and best["accuracy"],
+        "by_rating": {rating: cell["accuracy"] for rating, cell in by_rating.items()},
+        "by_rating_ci95": {rating: cell["ci95"] for rating, cell in by_rating.items()},
+        "by_rating_pairs": {rating: cell["count"] for rating, cell in by_rating.items()},
+        "ceiling_by_rating": best and best["by_rating"],
+        "by_source": metrics.by_group(outcomes, [str(row.get("source")) for row in rows]),
+        "by_safety": metrics.by_group(outcomes, [row.get("safety") for row in rows]),
+        "scores": {"chosen": metrics.score_statistics(chosen), "rejected": metrics.score_statistics(rejected)},
+        "calibration": bins,
+        "calibration_error": metrics.expected_calibration_error(bins),
+    }
+
+
+def _margins(settings: RewardSettings) -> dict[str, float] | None:
+    """Rating -> margin, or None for Eq. 1."""
+    if settings.margin == "none" and settings.margin_table is None:
+        return None
+    try:
+        return margin_table(settings.margin, settings.margin_table)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def _read(
+    settings: RewardSettings, chat_format: ChatFormat, seed: int, reject_dir: Path | None
+) -> tuple[list[list[dict[str, Any]]], list[dict[str, Any]]]:
+    """(training rows by file, test rows). Bad rows go to reject files in `reject_dir`, where it is given."""
+
+    def read(path: str, split: str, number: int) -> list[dict[str, Any]]:
+        return read_preferences(
+            path,
+            reject_file=None if reject_dir is None else reject_dir / f"rejected-{split}-{number}.jsonl",
+            max_reject_share=settings.max_reject_share,
+            chat_format=chat_format,
+            split=split,
+        ).rows
+
+    sources = [read(path, "train", number) for number, path in enumerate(settings.train_files, start=1)]
+    if settings.eval_files is not None:
+        return sources, [row for n, path in enumerate(settings.eval_files, start=1) for row in read(path, "test", n)]
+    split = [split_by_prompt(rows, settings.eval_fraction, seed) for rows in sources]
+    return [train for train, _ in split], [row for _, held_out in split for row in held_out]
+
+
+def _check_refused(
+    total: int, refused: Sequence[dict[str, Any]], settings: RewardSettings, folder: Path | None, name: str
+) -> None:
+    """Write the pairs that do not fit into max_length; stop when they are too many or when nothing is left."""
+    if refused and folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_jsonl(folder / f"too-long-{name}.jsonl", refused)
+    if len(refused) > settings.max_reject_share * total:
+        raise UserError(
+            f"max_length: {len(refused)} of {total} {name} pairs do not fit {settings.max_length} tokens even with the "
+            f"last turn alone, over max_reject_share {settings.max_reject_share}; raise max_length or max_reject_share"
+        )
+    if len(refused) == total:
+        fix = "eval_files or eval_fraction" if name == "test" else "train_files"
+        raise UserError(f"{fix}: no {name} pair is left")
+
+
+def _overlap(train_pairs: Sequence[EncodedPair], test_pairs: Sequence[EncodedPair]) -> int:
+    """Test pairs whose prompt is also a training prompt: their accuracy says less about new prompts."""
+    seen = {str(pair.row["prompt"]) for pair in train_pairs}
+    return sum(str(pair.row["prompt"]) in seen for pair in test_pairs)
+
+
+def _samples(
+    pairs: Sequence[EncodedPair], chosen: Sequence[float], rejected: Sequence[float], count: int
+) -> list[dict[str, Any]]:
+    """The first `count` test pairs in words, with both raw scores."""
+    return [
+        {
+            "prompt": pair.row["prompt"],
+            "chosen": pair.row["chosen"][-1]["content"],
+            "rejected": pair.row["rejected"][-1]["content"],
+            "r_chosen": r_chosen,
+            "r_rejected": r_rejected,
+            "margin": pair.margin,
+            "rating": pair.row.get("rating"),
+            "source": pair.row.get("source"),
+        }
+        for pair, r_chosen, r_rejected in zip(pairs[:count], chosen, rejected, strict=False)
+    ]
+
+
+def _no_log(step: int, values: dict[str, float]) -> None:
+    """Processes other than the main one write no metrics."""
+
+
+if __name__ == "__main__":
+    cli.entry(main)

@@ -1,0 +1,164 @@
+"""The training loop on tiny Llamas: grouping of pairs, schedule, logs, checkpoints."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForSequenceClassification
+from transformers.trainer_utils import get_last_checkpoint
+
+from configs.model_settings import RunSettings
+from configs.reward_settings import RewardSettings
+from reward.data import EncodedPair
+from reward.loss import ranking_loss_sum, safety_loss_sum
+from reward.model import load_reward_model
+from reward.scorer import score_ids
+from rlhf.reward_training import LengthGroupedSampler, RewardTrainer, score_pairs, training_arguments
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("reward_model")
+    config = LlamaConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, num_labels=1, pad_token_id=0, initializer_range=0.2,
+    )  # fmt: skip
+    LlamaForSequenceClassification(config).save_pretrained(path)
+    return path
+
+
+def make_pairs(count, seed=0):
+    rng = np.random.default_rng(seed)
+
+    def ids():
+        return rng.integers(1, 32, rng.integers(3, 12)).astype(np.int32)
+
+    labels = [(1.0, 0.0), (1.0, 1.0), (0.0, 0.0), (math.nan, math.nan)]
+    return [EncodedPair(ids(), ids(), [1.0, 2 / 3, 0.0][i % 3], *labels[i % 4], row={}) for i in range(count)]
+
+
+def train(folder, tmp_path, pairs, logs=None, **settings):
+    run = RunSettings(output_dir=str(tmp_path), use_cpu=True, logging_steps=1)
+    options = {"train_sampling_strategy": "sequential", "learning_rate": 1e-2, "min_warmup_steps": 1} | settings
+    settings = RewardSettings(train_files=["unused"], **options)
+    model = load_reward_model(folder)
+    log = (lambda step, values: None) if logs is None else (lambda step, values: logs.append((step, values)))
+    trainer = RewardTrainer(model, training_arguments(run, settings), settings, pairs, 0, None, log)
+    trainer.train(
+        resume_from_checkpoint=get_last_checkpoint(f"{tmp_path}/checkpoints") if settings.save_steps else None
+    )
+    return trainer
+
+
+def weights(model):
+    return torch.cat([weight.detach().flatten() for weight in model.parameters()])
+
+
+def test_one_batch_of_eight_equals_four_accumulated_batches_of_two(folder, tmp_path):
+    # 12 pairs: the second step holds 4, so a mean per micro-batch or a fixed divisor would show
+    pairs = make_pairs(12)
+    whole = train(folder, tmp_path, pairs, per_device_train_batch_size=8, objective="safety")
+    parts = train(
+        folder, tmp_path, pairs, per_device_train_batch_size=2, gradient_accumulation_steps=4, objective="safety"
+    )
+    uneven = train(
+        folder, tmp_path, pairs, per_device_train_batch_size=3, gradient_accumulation_steps=3, objective="safety"
+    )
+    start = weights(load_reward_model(folder))
+    assert (weights(whole.model) - start).abs().max() > 1e-3  # it did train
+    torch.testing.assert_close(weights(whole.model), weights(parts.model), atol=2e-5, rtol=0)
+    assert (weights(whole.model) - weights(uneven.model)).abs().max() > 1e-3  # steps of 9 and 3 are other steps
+
+
+def test_logged_loss_is_the_loss_per_pair(folder, tmp_path):
+    pairs, logs = make_pairs(6), []
+    train(
+        folder, tmp_path, pairs, logs, per_device_train_batch_size=2, gradient_accumulation_steps=3,
+        objective="safety", safety_loss_weight=0.5,
+    )  # fmt: skip
+    model = load_reward_model(folder)
+    chosen, rejected = (
+        score_ids(model, [getattr(pair, name) for pair in pairs]) for name in ("chosen_ids", "rejected_ids")
+    )
+    ranking = ranking_loss_sum(chosen, rejected, torch.tensor([pair.margin for pair in pairs])) / 6
+    labels = [torch.tensor([getattr(pair, name) for pair in pairs]) for name in ("chosen_safe", "rejected_safe")]
+    safety = safety_loss_sum(chosen, rejected, *labels) / 6
+    step, first = logs[0]
+    assert step == 1
+    assert first["train/loss"] == pytest.approx((ranking + 0.5 * safety).item(), rel=1e-5)
+    assert first["train/ranking_loss"] == pytest.approx(ranking.item(), rel=1e-5)
+    assert first["train/safety_loss"] == pytest.approx(safety.item(), rel=1e-5)
+    assert first["train/accuracy"] == pytest.approx((chosen > rejected).float().mean().item())
+    assert {"optim/learning_rate", "optim/grad_norm"} <= set(first)
+
+
+def test_margins_change_the_loss(folder, tmp_path):
+    logs = []
+    pair = make_pairs(1)[0]
+    for margin in (0.0, 3.0):
+        one = [EncodedPair(pair.chosen_ids, pair.rejected_ids, margin, math.nan, math.nan, {})]
+        train(folder, tmp_path, one, logs, max_steps=1)
+    gap = score_ids(load_reward_model(folder), [pair.chosen_ids, pair.rejected_ids])
+    gap = (gap[0] - gap[1]).item()
+    losses = [values["train/loss"] for _, values in logs if "train/ranking_loss" in values]
+    assert losses == pytest.approx([math.log1p(math.exp(-gap)), math.log1p(math.exp(3 - gap))], rel=1e-5)
+
+
+def test_warm_up_has_a_least_number_of_steps_and_the_cosine_ends_at_a_tenth(folder, tmp_path):
+    logs = []
+    train(folder, tmp_path, make_pairs(20), logs, per_device_train_batch_size=1, learning_rate=1.0, min_warmup_steps=5,
+          adam_epsilon=1e6)  # fmt: skip
+    rates = [values["optim/learning_rate"] for _, values in logs if "optim/learning_rate" in values]
+    assert rates[:6] == pytest.approx([0.0, 0.2, 0.4, 0.6, 0.8, 1.0])  # 3 % of 20 steps would be a single step
+    # last step: 14 of 15 cosine steps done, 0.1 + 0.9 (1 + cos(14/15 pi)) / 2
+    assert rates[-1] == pytest.approx(0.1 + 0.9 * (1 + math.cos(14 / 15 * math.pi)) / 2)
+
+
+def test_a_resumed_run_ends_with_the_weights_of_an_undisturbed_one(folder, tmp_path):
+    options = {
+        "per_device_train_batch_size": 2,
+        "train_sampling_strategy": "group_by_length",
+        "save_steps": 4,
+        "num_train_epochs": 2,
+    }
+    undisturbed = train(folder, tmp_path / "a", make_pairs(12), **options)
+    # Stopped after step 8, in the middle of the second epoch: the later checkpoint is as if never written.
+    train(folder, tmp_path / "b", make_pairs(12), **options)
+    last = tmp_path / "b" / "checkpoints" / "checkpoint-12"
+    last.rename(tmp_path / "gone")
+    resumed = train(folder, tmp_path / "b", make_pairs(12), **options)
+    assert undisturbed.state.global_step == resumed.state.global_step == 12
+    assert torch.equal(weights(undisturbed.model), weights(resumed.model))
+
+
+def test_a_loss_that_is_not_a_number_stops_the_run(folder, tmp_path):
+    broken = make_pairs(2)
+    broken[1] = EncodedPair(broken[1].chosen_ids, broken[1].rejected_ids, math.nan, 1.0, 0.0, {})
+    with pytest.raises(FloatingPointError, match="step 1"):
+        train(folder, tmp_path, broken)
+
+
+def test_length_grouped_order_is_complete_and_follows_the_epoch():
+    lengths = [int(x) for x in np.random.default_rng(0).integers(1, 100, 400)]
+    sampler = LengthGroupedSampler(lengths, batch_size=4, seed=1)
+    first = list(sampler)
+    assert sorted(first) == list(range(400))
+    assert list(sampler) == first
+    sampler.set_epoch(1)
+    assert sorted(sampler) == list(range(400))
+    assert list(sampler) != first
+
+    def padded(order):
+        batches = [order[i : i + 4] for i in range(0, 400, 4)]
+        return sum(4 * max(lengths[i] for i in batch) for batch in batches)
+
+    assert padded(first) < 0.75 * padded(list(range(400)))
+
+
+def test_pair_scores_come_in_order(folder):
+    pairs, model = make_pairs(5), load_reward_model(folder)
+    chosen, rejected = score_pairs(model, pairs, token_budget=16)
+    assert chosen == pytest.approx(score_ids(model, [pair.chosen_ids for pair in pairs]).tolist(), abs=1e-6)
+    assert rejected == pytest.approx(score_ids(model, [pair.rejected_ids for pair in pairs]).tolist(), abs=1e-6)
