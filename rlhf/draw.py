@@ -1,0 +1,95 @@
+"""[pure] One token per row from logits, with random numbers that belong to the sample and not to the batch.
+
+Letters: B rows, V vocabulary, N samples, T steps.
+
+Step t of a sample uses `uniform(seed, t)`, a hash (splitmix64) of its own seed and of t. Whatever else is in the batch,
+in whatever order, the sample sees the same numbers; a torch.Generator would hand out numbers by position in the batch.
+"""
+
+import torch
+from torch import Tensor
+
+from configs.sampling_settings import SamplingSettings
+
+
+def _signed(value: int) -> int:
+    """The 64-bit pattern `value` as the signed integer that torch.int64 holds."""
+    return value - (1 << 64) if value >= 1 << 63 else value
+
+
+# The constants of splitmix64 (Steele, Lea, Flood 2014). int64 products wrap modulo 2^64 as the algorithm needs.
+_STRIDE = _signed(0x9E3779B97F4A7C15)
+_MIX_1 = _signed(0xBF58476D1CE4E5B9)
+_MIX_2 = _signed(0x94D049BB133111EB)
+
+
+def _shift_right(x: Tensor, bits: int) -> Tensor:
+    """Logical shift: torch's >> on int64 copies the sign bit in from the left."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def splitmix64(state: Tensor, counter: Tensor) -> Tensor:
+    """Output number `counter` (from 0) of the splitmix64 generator started at `state`; int64 tensors that broadcast."""
+    z = state + (counter + 1) * _STRIDE
+    z = (z ^ _shift_right(z, 30)) * _MIX_1
+    z = (z ^ _shift_right(z, 27)) * _MIX_2
+    return z ^ _shift_right(z, 31)
+
+
+def sample_seeds(seed: int, count: int, first: int = 0) -> list[int]:
+    """Seeds of samples first .. first + count - 1 under one run seed: numbers in [0, 2^63), the same in any grouping."""
+    index = torch.arange(first, first + count, dtype=torch.int64)
+    # The run seed is hashed first: seeds 0 and 1 must not give the same numbers shifted by one sample.
+    state = splitmix64(torch.tensor(_signed(seed % (1 << 64))), torch.tensor(0))
+    return (splitmix64(state, index) & ((1 << 63) - 1)).tolist()
+
+
+def uniforms(seeds: list[int], steps: int) -> Tensor:
+    """float32[N, T] in [0, 1): entry (n, t) depends on seeds[n] and t alone. Multiples of 2^-24, exact in float32."""
+    state_N1 = torch.tensor(seeds, dtype=torch.int64)[:, None]
+    bits_NT = splitmix64(state_N1, torch.arange(steps, dtype=torch.int64))
+    return _shift_right(bits_NT, 40).float() * 2.0**-24
+
+
+def truncate(scaled_BV: Tensor, top_k: int, top_p: float) -> Tensor:
+    """Set the logits outside top-k, then outside top-p of what is left, to -inf (ties at the k-th logit all stay)."""
+    if 0 < top_k < scaled_BV.shape[-1]:
+        kth_B1 = scaled_BV.topk(top_k, dim=-1).values[:, -1:]
+        scaled_BV = scaled_BV.masked_fill(scaled_BV < kth_B1, -torch.inf)
+    if top_p < 1.0:
+        sorted_BV, order_BV = scaled_BV.sort(dim=-1, descending=True)
+        share_BV = sorted_BV.softmax(dim=-1)
+        # A token goes when the tokens before it already hold top_p: the one that crosses the border stays.
+        drop_BV = share_BV.cumsum(dim=-1) - share_BV >= top_p
+        drop_BV[:, 0] = False
+        scaled_BV = scaled_BV.masked_fill(torch.zeros_like(drop_BV).scatter(-1, order_BV, drop_BV), -torch.inf)
+    return scaled_BV
+
+
+def draw(logits_BV: Tensor, settings: SamplingSettings, uniform_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Draw one token a row.
+
+    Returns (token_B int64, log-prob_B under the distribution drawn from, log-prob_B under the model at temperature 1),
+    log-probs float32 in nats. Greedy draws have log-prob 0 under the distribution they are drawn from.
+    """
+    logits_BV = logits_BV.float()
+    if settings.temperature == 0.0:
+        token_B = logits_BV.argmax(dim=-1)
+        return token_B, torch.zeros_like(uniform_B), _log_prob(logits_BV, token_B)
+    plain = settings.temperature == 1.0 and settings.top_p == 1.0 and settings.top_k == 0
+    scaled_BV = logits_BV if plain else truncate(logits_BV / settings.temperature, settings.top_k, settings.top_p)
+    # Inverse CDF: the first token whose cumulative weight exceeds u * total. `right=True` skips tokens of weight 0;
+    # u * total may round up to total, where there is no such token, so it is kept one step below.
+    peak_B1 = scaled_BV.amax(dim=-1, keepdim=True)
+    cumulative_BV = (scaled_BV - peak_B1).exp_().cumsum(dim=-1)
+    total_B1 = cumulative_BV[:, -1:].contiguous()
+    target_B1 = torch.minimum(uniform_B[:, None] * total_B1, torch.nextafter(total_B1, torch.zeros_like(total_B1)))
+    # The clamp matters for nan logits only: the caller reports those by their log-prob.
+    token_B1 = torch.searchsorted(cumulative_BV, target_B1, right=True).clamp_(max=logits_BV.shape[-1] - 1)
+    log_prob_B = (scaled_BV.gather(-1, token_B1) - peak_B1 - total_B1.log()).squeeze(-1)
+    token_B = token_B1.squeeze(-1)
+    return token_B, log_prob_B, log_prob_B if plain else _log_prob(logits_BV, token_B)
+
+
+def _log_prob(logits_BV: Tensor, token_B: Tensor) -> Tensor:
+    return logits_BV.gather(-1, token_B[:, None]).squeeze(-1) - logits_BV.logsumexp(dim=-1)
