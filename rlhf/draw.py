@@ -37,7 +37,7 @@ def splitmix64(state: Tensor, counter: Tensor) -> Tensor:
 
 
 def sample_seeds(seed: int, count: int, first: int = 0) -> list[int]:
-    """Seeds of samples first .. first + count - 1 under one run seed: numbers in [0, 2^63), the same in any grouping."""
+    """Seeds of samples first .. first + count - 1 under one run seed: in [0, 2^63), the same in any grouping."""
     index = torch.arange(first, first + count, dtype=torch.int64)
     # The run seed is hashed first: seeds 0 and 1 must not give the same numbers shifted by one sample.
     state = splitmix64(torch.tensor(_signed(seed % (1 << 64))), torch.tensor(0))

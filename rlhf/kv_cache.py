@@ -2,7 +2,7 @@
 
 transformers' DynamicCache concatenates the whole cache at every step and keeps finished rows to the end. Here a layer
 holds one buffer [rows, heads, columns, head width]; a forward writes its columns into the buffer and attends to a view.
-Rows [0, active) take part in the next forward. Letters: R rows, C columns.
+The rows of the slice `active` take part in the next forward. Letters: R rows, C columns.
 """
 
 import torch
@@ -14,12 +14,12 @@ from configs.errors import UserError
 
 
 class RowLayer(DynamicLayer):
-    """One layer's keys and values; `filled` columns are written, the same for all rows (holes are the mask's matter)."""
+    """One layer's keys and values; `filled` columns are written in all rows (holes are the mask's matter)."""
 
     def __init__(self, rows: int, columns: int) -> None:
         super().__init__()
         self.rows, self.columns = rows, columns
-        self.active = rows
+        self.active = slice(0, rows)
         self.filled = 0
         self.key_buffer: Tensor
         self.value_buffer: Tensor
@@ -37,12 +37,13 @@ class RowLayer(DynamicLayer):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         end = self.filled + key_states.shape[2]
-        if end > self.columns or key_states.shape[0] != self.active:
+        if end > self.columns or key_states.shape[0] != self.active.stop - self.active.start:
             raise ValueError(f"{key_states.shape[0]} rows to column {end}, cache of {self.active} x {self.columns}")
-        self.key_buffer[: self.active, :, self.filled : end] = key_states
-        self.value_buffer[: self.active, :, self.filled : end] = value_states
+        keys, values = self.key_buffer[self.active, :, :end], self.value_buffer[self.active, :, :end]
+        keys[:, :, self.filled :] = key_states
+        values[:, :, self.filled :] = value_states
         self.filled = end
-        return self.key_buffer[: self.active, :, :end], self.value_buffer[: self.active, :, :end]
+        return keys, values
 
     def get_seq_length(self) -> int:
         return self.filled
@@ -67,13 +68,13 @@ class RowCache(Cache):
         """Columns written so far."""
         return self.layers[0].filled
 
-    def set_active(self, rows: int) -> None:
-        """Only rows [0, rows) take part in the forwards that follow; the others stay in the buffer."""
+    def activate(self, rows: slice, filled: int) -> None:
+        """The next forward takes these rows and writes from column `filled`; other rows stay in the buffer."""
         for layer in self.layers:
-            layer.active = rows
+            layer.active, layer.filled = rows, filled
 
     def take_rows(self, index_R: Tensor, columns: int) -> None:
-        """Make row r a copy of row index_R[r], in buffers of `columns` columns (index None-free, repeats allowed)."""
+        """Make row r a copy of row index_R[r], in buffers of `columns` columns (repeats allowed)."""
 
         def rebuild(buffer: Tensor, filled: int) -> Tensor:
             new = buffer.new_zeros(len(index_R), buffer.shape[1], columns, buffer.shape[3])
@@ -83,8 +84,8 @@ class RowCache(Cache):
         for layer in self.layers:
             layer.key_buffer = rebuild(layer.key_buffer, layer.filled)
             layer.value_buffer = rebuild(layer.value_buffer, layer.filled)
-            layer.rows = layer.active = len(index_R)
-            layer.columns = columns
+            layer.rows, layer.columns = len(index_R), columns
+            layer.active = slice(0, len(index_R))
 
     def move_rows(self, source: Tensor, target: Tensor, swap: bool = False) -> None:
         """Copy rows `source` over rows `target`; with `swap`, the targets' contents go to the sources."""

@@ -1,9 +1,10 @@
 """Sampling inside the process: each prompt computed once for its K samples, the batch shrunk as samples finish.
 
-Works with any Hugging Face causal LM of full attention layers (sdpa or eager), LoRA adapters active or not. One forward
-a step serves all rows: prompts are left-padded, so all rows write the same cache column, and a prepared additive 4-D mask
-blocks the padding. Letters: R rows of the running batch, C cache columns, V vocabulary, N samples, T steps, W width of
-the tokens fed at once.
+Works with any Hugging Face causal LM of full attention layers (sdpa or eager), LoRA adapters active or not. One
+forward a step serves all rows: prompts are left-padded, so all rows write the same cache column, and a prepared
+additive 4-D mask blocks the padding.
+
+Letters: R rows of the running batch, C cache columns, V vocabulary, N samples, T steps, W width of the tokens fed.
 """
 
 from collections.abc import Iterator, Sequence
@@ -21,6 +22,10 @@ from rlhf.draw import draw, sample_seeds, uniforms
 from rlhf.kv_cache import RowCache, blocked, move_rows
 
 SHRINK_SHARE = 0.1  # compact once this share of the running rows has finished: moving rows is cheap, idle rows are not
+
+# Tokens of one prompt forward. A core's cache holds the activations of about 1,000 tokens of a small model; a GPU wants
+# more work at once, bounded so that long prompts do not need more memory than decoding.
+CPU_FEED_TOKENS, FEED_TOKENS = 1024, 16_384
 
 
 @dataclass(frozen=True)
@@ -93,10 +98,11 @@ class DialogueSession:
         self._pending: list[list[int]] = []  # by dialogue: tokens that belong to the history but are not cached yet
 
     def reply(self, new_ids: list[list[int]], settings: SamplingSettings, seed: int = 0) -> list[list[int]]:
-        """Append new_ids[d] (not empty) to dialogue d, draw its response and keep it, ended by a stop id, in the history.
+        """Append new_ids[d] (not empty) to dialogue d, draw its response and keep it in the history.
 
-        Returns the response ids, stop id included where one was drawn. Raises UserError where a dialogue would pass
-        `max_length`. The first call fixes the number of dialogues; draws differ between turns under one seed.
+        In the history a response cut by length is closed with the first stop id; the returned ids are as drawn, the
+        stop id included where there is one. Raises UserError where a dialogue would pass `max_length`. The first call
+        fixes the number of dialogues; draws differ between turns under one seed.
         """
         with evaluating(self.model):
             if self.turn == 0:
@@ -145,7 +151,7 @@ class DialogueSession:
             self.stop_ids,
             True,
         )
-        cache.set_active(len(chunks))
+        cache.activate(slice(0, len(chunks)), cache.filled)
         # The last drawn token of a row was not fed; it opens the next turn's chunk. Later columns of the row are holes.
         kept = torch.tensor(run.lengths, device=length.device) - 1
         column = torch.arange(start + width, cache.filled, device=length.device)
@@ -192,7 +198,7 @@ class _Run:
 
 @contextmanager
 def evaluating(model: Any) -> Iterator[None]:
-    """Evaluation mode (no dropout; gradient checkpointing is inert) without gradients; each module's mode comes back."""
+    """Evaluation mode (no dropout, gradient checkpointing inert) without gradients; each module's mode comes back."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
@@ -217,8 +223,8 @@ def check_lengths(model: Any, prompt_lengths: Sequence[int], max_new_tokens: int
             raise UserError(f"prompt {index} is empty; it needs at least one token")
         if limit is not None and length + max_new_tokens > limit:
             raise UserError(
-                f"prompt {index}: {length} tokens + max_new_tokens {max_new_tokens} exceed the model's {limit} positions; "
-                "shorten the prompt or lower max_new_tokens"
+                f"prompt {index}: {length} tokens + max_new_tokens {max_new_tokens} exceed the model's {limit} "
+                "positions; shorten the prompt or lower max_new_tokens"
             )
 
 
@@ -271,16 +277,23 @@ def _feed(model: Any, cache: RowCache, mask: Tensor, chunks: list[list[int]], be
 
     mask [R, 1, 1, C] is updated in place: the padding columns are blocked for good.
     """
-    width, filled = max(map(len, chunks)), cache.filled
-    pads = torch.tensor([width - len(c) for c in chunks], device=mask.device)
+    width, start = max(map(len, chunks)), cache.filled
+    pads = torch.tensor([width - len(c) for c in chunks], device=mask.device)[:, None]
     ids = torch.tensor([[pad_id] * (width - len(c)) + list(c) for c in chunks], device=mask.device)
     column = torch.arange(width, device=mask.device)
-    mask[:, 0, 0, filled : filled + width].masked_fill_(column < pads[:, None], blocked(mask.dtype))
-    position = begin_R[:, None] + (column - pads[:, None]).clamp_(min=0)
-    # [R, 1, W, C]: what is visible at all, minus the future. A pad query sees only blocked columns: finite garbage.
-    future = torch.zeros(width, filled + width, dtype=mask.dtype, device=mask.device)
-    future[:, filled:].masked_fill_(column[None, :] > column[:, None], blocked(mask.dtype))
-    return _forward(model, cache, ids, torch.minimum(mask[..., : filled + width], future), position)
+    mask[:, 0, 0, start : start + width].masked_fill_(column < pads, blocked(mask.dtype))
+    position = begin_R[:, None] + (column - pads).clamp_(min=0)
+    future = torch.zeros(width, start + width, dtype=mask.dtype, device=mask.device)
+    future[:, start:].masked_fill_(column[None, :] > column[:, None], blocked(mask.dtype))
+    rows = max(1, (CPU_FEED_TOKENS if mask.device.type == "cpu" else FEED_TOKENS) // width)
+    logits = []
+    for part in (slice(r, min(r + rows, len(chunks))) for r in range(0, len(chunks), rows)):
+        cache.activate(part, start)
+        # [R, 1, W, C]: what is visible at all, minus the future. A pad query sees only blocked columns: finite garbage.
+        visible = torch.minimum(mask[part, :, :, : start + width], future)
+        logits.append(_forward(model, cache, ids[part], visible, position[part]))
+    cache.activate(slice(0, len(chunks)), cache.filled)
+    return torch.cat(logits)
 
 
 def _forward(model: Any, cache: RowCache, ids_RW: Tensor, mask: Tensor, position_RW: Tensor) -> Tensor:
@@ -310,9 +323,9 @@ def _decode(
 ) -> _Run:
     """Draw, feed, repeat until every row has a stop id or max_new_tokens.
 
-    `logits` are those after each row's prompt, `positions` each row's next position, sample_of_row[r] the sample that row
-    r holds. Finished rows are moved behind the running ones (mask and sample_of_row follow, in place); keep_rows keeps
-    their cache for later turns instead of overwriting it. The last token drawn is not fed.
+    `logits` are those after each row's prompt, `positions` each row's next position, sample_of_row[r] the sample that
+    row r holds. Finished rows are moved behind the running ones (mask and sample_of_row follow, in place); keep_rows
+    keeps their cache for later turns instead of overwriting it. The last token drawn is not fed.
     """
     steps, count, device = settings.max_new_tokens, len(uniform_NT), uniform_NT.device
     tokens = torch.zeros(count, steps, dtype=torch.int64, device=device)
@@ -341,7 +354,7 @@ def _decode(
             for tensor in (token, positions):
                 move_rows(tensor, source, target, swap=False)
             rows = running
-            cache.set_active(rows)
+            cache.activate(slice(0, rows), cache.filled)
             token, positions, live = token[:rows], positions[:rows], live.new_ones(rows)
         visible = mask[:rows, :, :, : cache.filled + 1]
         logits = _forward(model, cache, token[:, None], visible, positions[:, None])

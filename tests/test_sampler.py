@@ -1,5 +1,6 @@
 """The sampler against model.generate, a teacher-forced pass, the exact distribution, and itself in other batches."""
 
+import copy
 import math
 
 import pytest
@@ -65,7 +66,8 @@ def test_splitmix64_matches_the_published_first_outputs():
 
 def test_uniforms_fill_the_unit_interval_and_do_not_repeat_between_neighbouring_seeds():
     table = uniforms(sample_seeds(0, 500), 200).double()
-    assert 0.0 <= table.min() and table.max() < 1.0
+    assert table.min() >= 0.0
+    assert table.max() < 1.0
     counts = torch.histc(table, bins=10, min=0.0, max=1.0)
     assert float(((counts - 10_000) ** 2 / 10_000).sum()) < 27.9  # chi-square, 9 degrees of freedom, p = 0.001
     assert len(set(sample_seeds(0, 500)) | set(sample_seeds(1, 500))) == 1000
@@ -154,10 +156,11 @@ def chi_square_p(tokens: torch.Tensor, share: torch.Tensor) -> float:
     return float(1 - torch.special.gammainc(torch.tensor((len(observed) - 1) / 2).double(), statistic / 2))
 
 
-def test_a_sample_depends_on_its_own_seed_only(model):
+def test_a_sample_depends_on_its_own_seed_only(model, monkeypatch):
     prompts = ragged_prompts(10)
     whole = run(model, prompts, k=4, max_new_tokens=16, seed=7)
     one_by_one = run(model, prompts, k=4, max_new_tokens=16, seed=7, max_rows=3)
+    monkeypatch.setattr(sampler, "CPU_FEED_TOKENS", 20)  # the prompts are fed in several forwards
     tight = run(model, prompts, k=4, max_new_tokens=16, seed=7, token_budget=150)
     assert whole.response_ids == one_by_one.response_ids == tight.response_ids
     # The seeds it reports reproduce a part of it alone.
@@ -171,11 +174,15 @@ def test_a_sample_depends_on_its_own_seed_only(model):
 def test_a_prompt_is_computed_once_for_its_samples_and_finished_rows_leave(model, monkeypatch):
     widths = []
     forward = sampler._forward
-    monkeypatch.setattr(
-        sampler, "_forward", lambda m, c, ids, *rest: (widths.append(ids.shape), forward(m, c, ids, *rest))[1]
-    )
+
+    def recorded(model, cache, ids, *rest):
+        widths.append(ids.shape)
+        return forward(model, cache, ids, *rest)
+
+    monkeypatch.setattr(sampler, "_forward", recorded)
     batch = run(model, ragged_prompts(3), k=20, max_new_tokens=40)
-    assert widths[0][0] == 3 and all(shape[1] == 1 for shape in widths[1:])
+    assert widths[0][0] == 3
+    assert all(shape[1] == 1 for shape in widths[1:])
     steps = [sum(len(ids) > step + 1 for ids in batch.response_ids) for step in range(len(widths) - 1)]
     for (rows, _), needed in zip(widths[1:], steps, strict=True):
         assert needed <= rows <= needed / (1 - sampler.SHRINK_SHARE) + 1
@@ -188,8 +195,8 @@ def test_modes_come_back_and_lora_is_active(model):
     model.train()
     model.model.layers[0].eval()
     run(model, ragged_prompts(1), max_new_tokens=2)
-    assert model.training and not model.model.layers[0].training and model.model.layers[1].training
-    import copy
+    layers = model.model.layers
+    assert (model.training, layers[0].training, layers[1].training) == (True, False, True)
 
     lora = get_peft_model(copy.deepcopy(model), LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
     for name, weight in lora.named_parameters():
@@ -220,8 +227,10 @@ def test_settings_out_of_range_name_the_field(settings):
 # ---- DialogueSession
 
 
-def test_session_equals_prefilling_the_whole_dialogue(model):
+@pytest.mark.parametrize("feed_tokens", [1024, 40])
+def test_session_equals_prefilling_the_whole_dialogue(model, monkeypatch, feed_tokens):
     """Ragged turns, greedy: each reply equals generate on the full history; cut replies are closed by the stop id."""
+    monkeypatch.setattr(sampler, "CPU_FEED_TOKENS", feed_tokens)
     settings = SamplingSettings(temperature=0.0, max_new_tokens=7)
     session = DialogueSession(model, PAD, [STOP], max_length=256)
     histories: list[list[int]] = [[] for _ in range(9)]
@@ -237,7 +246,7 @@ def test_session_equals_prefilling_the_whole_dialogue(model):
             history.extend(reply if reply[-1] == STOP else [*reply, STOP])
             reasons.add(reply[-1] == STOP)
     assert reasons == {True, False}
-    assert session._cache.filled < 2 * max(map(len, histories)) + 40, "holes must be squeezed out"
+    assert session._mask.shape[-1] < 2 * max(map(len, histories)) + 40, "holes must be squeezed out"
 
 
 def test_session_refuses_a_dialogue_past_its_limit_and_draws_anew_each_turn(model):
