@@ -1,9 +1,9 @@
 """Synthesises Ghost Attention dialogues: user turns are given, replies are sampled under the instruction (paper §3.3).
 
-All dialogues advance together, one turn at a time, so that an engine can batch over them and keep their prefixes. The
-instruction stands on every user turn while sampling; the dialogues come out plain, and `training_record` puts it back into
-the first turn only. A reply that does not obey is sampled again, up to `max_candidates` times; where none obeys, the
-dialogue ends before that turn: what it has is kept, the reason is recorded.
+All open dialogues get one draft a step, so that an engine can batch over them and keep their prefixes; a dialogue whose
+draft does not obey draws again while the others go on, up to `max_candidates` drafts a turn. Where none obeys, it ends
+before that turn: what it has is kept, the reason is recorded. The instruction stands on every user turn while sampling;
+the dialogues come out plain, and `training_record` puts it back into the first turn only.
 
 Nothing here samples, logs or reads files: `reply` and `judge` are passed in.
 """
@@ -14,7 +14,7 @@ from typing import Protocol
 
 from configs.errors import UserError
 from gatt.instructions import Instruction
-from gatt.transform import Message, training_record, with_instruction_everywhere
+from gatt.transform import SPECIAL_TAGS, Message, training_record, with_instruction_everywhere
 
 CUT_REASONS = ("disobeyed", "unfinished", "too_long")
 
@@ -42,15 +42,15 @@ class Reply(Protocol):
 
 
 # (context, candidate replies, instruction) -> a score for each candidate; the highest is kept
-Judge = Callable[[list[Message], list[str], Instruction], Sequence[float]]
+Judge = Callable[[list[Message], list[str], Instruction | None], Sequence[float]]
 
 
 @dataclass(frozen=True)
 class Plan:
-    """One dialogue to make: its user turns, the instruction, and the slot that carries it at turn 1."""
+    """One dialogue to make: its user turns, the instruction (None: a plain one), and the slot that carries it at turn 1."""
 
     user_turns: tuple[str, ...]
-    instruction: Instruction
+    instruction: Instruction | None
     slot: str
 
 
@@ -77,11 +77,13 @@ class Dialogue:
 
     def record(self, wording: str) -> dict:
         """The training row, {"messages", "train_on"}; `wording` is the instruction as the model shall learn to read it."""
+        if self.plan.instruction is None:
+            return {"messages": [dict(m) for m in self.messages], "train_on": "all"}
         return training_record(self.messages, wording, self.plan.slot, [True] * self.turns)
 
 
 def plan_dialogues(
-    user_turns: Sequence[Sequence[str]], instructions: Sequence[Instruction], slots: Sequence[str]
+    user_turns: Sequence[Sequence[str]], instructions: Sequence[Instruction | None], slots: Sequence[str]
 ) -> list[Plan]:
     """Joins the three lists and checks them.
 
@@ -121,48 +123,67 @@ def synthesise(
     """
     if max_candidates < 1:
         raise UserError(f"max_candidates is {max_candidates}; at least one reply a turn must be drawn")
-    dialogues = [Dialogue(plan) for plan in plans]
-    for turn in range(max((len(plan.user_turns) for plan in plans), default=0)):
-        rows = [i for i, d in enumerate(dialogues) if not d.cut and turn < len(d.plan.user_turns)]
-        contexts = {i: _context(dialogues[i], turn) for i in rows}
-        drafts: dict[int, list[Draft]] = {i: [] for i in rows}
-        passed: dict[int, list[str]] = {i: [] for i in rows}
-        for _ in range(max_candidates):
-            open_rows = [i for i in rows if _wants_more(drafts[i], passed[i], judge is not None)]
-            if not open_rows:
-                break
-            for i, draft in zip(open_rows, reply(open_rows, [contexts[i] for i in open_rows]), strict=True):
-                drafts[i].append(draft)
-                if not draft.problem and draft.text.strip() and obeys(dialogues[i].plan.instruction, draft.text):
-                    passed[i].append(draft.text)
-        for i in rows:
-            dialogue, first = dialogues[i], drafts[i][0]
-            dialogue.drafts += len(drafts[i])
-            if first.problem != "too_long":  # nothing was sampled then, so nothing obeyed or disobeyed
-                dialogue.first_draft_obeyed.append(bool(passed[i]) and passed[i][0] == first.text and not first.problem)
-            if not passed[i]:
-                dialogue.cut = drafts[i][-1].problem or "disobeyed"
-                continue
-            best = _best(contexts[i], passed[i], dialogue.plan.instruction, judge)
-            dialogue.messages += [
-                {"role": "user", "content": dialogue.plan.user_turns[turn]},
-                {"role": "assistant", "content": best},
-            ]
-    return dialogues
+    makers = [_Maker(Dialogue(plan)) for plan in plans]
+    while rows := [i for i, maker in enumerate(makers) if maker.open]:
+        drafts = reply(rows, [makers[i].context() for i in rows])
+        for i, draft in zip(rows, drafts, strict=True):
+            makers[i].take(draft, obeys, max_candidates, judge)
+    return [maker.dialogue for maker in makers]
 
 
-def _context(dialogue: Dialogue, turn: int) -> list[Message]:
-    plain = [*dialogue.messages, {"role": "user", "content": dialogue.plan.user_turns[turn]}]
-    return with_instruction_everywhere(plain, dialogue.plan.instruction.text, dialogue.plan.slot)
+class _Maker:
+    """One dialogue in the making: the drafts of its current turn."""
+
+    def __init__(self, dialogue: Dialogue):
+        self.dialogue = dialogue
+        self.drafts: list[Draft] = []
+        self.passed: list[str] = []
+
+    @property
+    def open(self) -> bool:
+        return not self.dialogue.cut and self.dialogue.turns < len(self.dialogue.plan.user_turns)
+
+    def user_turn(self) -> Message:
+        return {"role": "user", "content": self.dialogue.plan.user_turns[self.dialogue.turns]}
+
+    def context(self) -> list[Message]:
+        """The sampling context of the current turn."""
+        plan = self.dialogue.plan
+        plain = [*self.dialogue.messages, self.user_turn()]
+        if plan.instruction is None:
+            return plain
+        return with_instruction_everywhere(plain, plan.instruction.text, plan.slot)
+
+    def take(
+        self, draft: Draft, obeys: Callable[[Instruction, str], bool], max_candidates: int, judge: Judge | None
+    ) -> None:
+        """One more draft of the current turn: draw again, keep one and go on, or end the dialogue here."""
+        dialogue, instruction = self.dialogue, self.dialogue.plan.instruction
+        if draft.problem == "too_long":  # nothing was sampled, and another draft would find no more room
+            if not self.drafts:
+                dialogue.cut = "too_long"
+                return
+        else:
+            # A tag of the chat format inside a reply would make a row that no reader accepts.
+            fine = not draft.problem and bool(draft.text.strip()) and not any(tag in draft.text for tag in SPECIAL_TAGS)
+            fine = fine and (instruction is None or obeys(instruction, draft.text))
+            if not self.drafts:
+                dialogue.first_draft_obeyed.append(fine)
+            dialogue.drafts += 1
+            self.drafts.append(draft)
+            if fine:
+                self.passed.append(draft.text)
+            if len(self.drafts) < max_candidates and (judge is not None or not fine):
+                return
+        if not self.passed:
+            dialogue.cut = self.drafts[-1].problem or "disobeyed"
+            return
+        best = _best(self.context(), self.passed, instruction, judge)
+        dialogue.messages += [self.user_turn(), {"role": "assistant", "content": best}]
+        self.drafts, self.passed = [], []
 
 
-def _wants_more(drafts: list[Draft], passed: list[str], judged: bool) -> bool:
-    if drafts and drafts[-1].problem == "too_long":
-        return False  # another draft would find no more room
-    return judged or not passed
-
-
-def _best(context: list[Message], candidates: list[str], instruction: Instruction, judge: Judge | None) -> str:
+def _best(context: list[Message], candidates: list[str], instruction: Instruction | None, judge: Judge | None) -> str:
     if judge is None or len(candidates) == 1:
         return candidates[0]
     scores = list(judge(context, candidates, instruction))

@@ -22,14 +22,14 @@ from configs.errors import UserError
 Message = dict[str, str]
 SLOTS = ("system", "user")
 TRAIN_ON = ("all", "last")
-_SPECIAL_TAGS = ("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>")
+SPECIAL_TAGS = ("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>")
 
 
 def check_instruction(instruction: str) -> None:
     """Raises UserError where the instruction is empty or holds a tag of the chat format."""
     if not instruction.strip():
         raise UserError("the instruction is empty; give a sentence such as 'Always act as Napoleon.'")
-    for tag in _SPECIAL_TAGS:
+    for tag in SPECIAL_TAGS:
         if tag in instruction:
             raise UserError(f"the instruction {instruction!r} holds the special tag {tag}; remove it")
 

@@ -1,0 +1,124 @@
+"""Settings of the Ghost Attention stages (paper §3.3, App. A.3.5; recipe sheet §6)."""
+
+from dataclasses import dataclass, field
+
+from configs.errors import UserError
+
+
+def _check_shares(settings: object, *names: str) -> None:
+    for name in names:
+        value = getattr(settings, name)
+        if not 0.0 <= value <= 1.0:
+            raise UserError(f"{name}: {value} is not a share; give a number from 0 to 1")
+
+
+def _check_positive(settings: object, *names: str) -> None:
+    for name in names:
+        value = getattr(settings, name)
+        if value < 1:
+            raise UserError(f"{name}: {value}; give at least 1")
+
+
+@dataclass(kw_only=True)
+class InstructionSettings:
+    """Which instructions are given, how they are worded and where they stand."""
+
+    kinds: list[str] | None = field(default=None, metadata={"help": "Instruction kinds to draw from; default: all."})
+    values_file: str | None = field(
+        default=None,
+        metadata={
+            "help": "JSON {kind: [values]} to teach instead of the starter lists; only its kinds are drawn from."
+        },
+    )
+    unseen_values_file: str | None = field(
+        default=None, metadata={"help": "The same for values that are only measured; none may be taught too."}
+    )
+    short_share: float = field(default=0.5, metadata={"help": "Share of instructions in the shortened wording."})
+    system_slot_share: float = field(
+        default=0.5, metadata={"help": "Share of dialogues with the instruction in the system message, not in turn 1."}
+    )
+
+
+@dataclass(kw_only=True)
+class GattSettings(InstructionSettings):
+    """Building a Ghost Attention data set by sampling from a policy."""
+
+    prompt_files: list[str] = field(
+        default_factory=list, metadata={"help": "Prompt records; user turns are drawn from their single-turn prompts."}
+    )
+    num_dialogues: int = field(default=1000, metadata={"help": "Multi-turn dialogues to sample, before any replay."})
+    min_turns: int = field(default=2, metadata={"help": "Fewest user turns of a dialogue."})
+    max_turns: int = field(default=8, metadata={"help": "Most user turns of a dialogue."})
+    max_candidates: int = field(
+        default=4, metadata={"help": "Replies drawn for a turn at most: until one obeys, or all of them with a judge."}
+    )
+    helpfulness_reward_model: str | None = field(
+        default=None, metadata={"help": "Reward model that picks the best reply among those that obey; default: none."}
+    )
+    safety_reward_model: str | None = field(
+        default=None, metadata={"help": "Safety reward model beside it: the pick is then by the combined reward."}
+    )
+    replay_single_turn_share: float = field(
+        default=0.4,
+        metadata={"help": "Share of the built rows that are single turns of the same policy, so that turn 1 is kept."},
+    )
+    replay_plain_part: float = field(
+        default=0.5, metadata={"help": "Part of that replay without any instruction; the rest obeys one."}
+    )
+    replay_files: list[str] = field(default_factory=list, metadata={"help": "Dialogue files to mix in as they are."})
+    replay_files_share: float = field(
+        default=0.1, metadata={"help": "Share of all rows that comes from replay_files, where there are any."}
+    )
+    max_length: int = field(default=4096, metadata={"help": "Tokens of the longest sampling context or training row."})
+    chunk_size: int = field(
+        default=256, metadata={"help": "Dialogues sampled together; each chunk is a shard that a killed build keeps."}
+    )
+    max_reject_share: float = field(default=0.05, metadata={"help": "Larger share of bad prompt rows: stop."})
+
+    def __post_init__(self) -> None:
+        _check_shares(self, "short_share", "system_slot_share", "replay_plain_part", "max_reject_share")
+        _check_positive(self, "num_dialogues", "min_turns", "max_candidates", "chunk_size")
+        for name in ("replay_single_turn_share", "replay_files_share"):
+            if not 0.0 <= getattr(self, name) < 1.0:
+                raise UserError(f"{name}: {getattr(self, name)} must be at least 0 and below 1: the rest is dialogues")
+        if self.max_turns < self.min_turns:
+            raise UserError(f"max_turns: {self.max_turns} is less than min_turns: {self.min_turns}")
+        if self.safety_reward_model and not self.helpfulness_reward_model:
+            raise UserError(
+                "safety_reward_model: it needs helpfulness_reward_model, whose score decides where it is safe"
+            )
+
+
+@dataclass(kw_only=True)
+class PersistenceSettings(InstructionSettings):
+    """Measuring how long an instruction of the first turn holds (Table 30)."""
+
+    prompt_files: list[str] = field(
+        default_factory=list, metadata={"help": "Held-out prompt records; user turns come from the single-turn ones."}
+    )
+    baseline_model_name_or_path: str | None = field(
+        default=None,
+        metadata={"help": "A second policy measured on the same dialogues, e.g. the one before the stage."},
+    )
+    num_dialogues: int = field(default=200, metadata={"help": "Dialogues for each set of values (seen, unseen)."})
+    num_turns: int = field(default=20, metadata={"help": "User turns of each dialogue."})
+    eval_temperature: float = field(default=0.6, metadata={"help": "Sampling temperature; 0 is greedy."})
+    eval_top_p: float = field(default=1.0, metadata={"help": "Nucleus sampling mass."})
+    eval_max_new_tokens: int = field(default=64, metadata={"help": "Tokens of a reply at most."})
+    max_length: int = field(default=4096, metadata={"help": "Context tokens; a dialogue that fills it stops there."})
+    answer_check: str = field(
+        default="none",
+        metadata={"help": "gold: a turn counts only if it also answers (simulated world); none: the checker decides."},
+    )
+    answer_threshold: float = field(
+        default=0.7,
+        metadata={"help": "A reply answers at this part of the gold score of the reply without instruction."},
+    )
+    measure_unseen: bool = field(default=True, metadata={"help": "Measure values that no stage has taught as well."})
+    max_reject_share: float = field(default=0.05, metadata={"help": "Larger share of bad prompt rows: stop."})
+
+    def __post_init__(self) -> None:
+        _check_shares(self, "short_share", "system_slot_share", "answer_threshold", "max_reject_share")
+        _check_positive(self, "num_dialogues", "num_turns", "eval_max_new_tokens")
+        if self.answer_check not in ("gold", "none"):
+            raise UserError(f"answer_check: '{self.answer_check}' is unknown; use gold or none")

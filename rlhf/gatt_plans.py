@@ -1,0 +1,105 @@
+"""What Ghost Attention dialogues are made of: user turns from prompt records, instructions, their slot and wording."""
+
+import json
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from configs.errors import UserError
+from configs.gatt_settings import InstructionSettings
+from gatt.instructions import KINDS, Instruction, kind_named, parse_instruction, sample_instructions
+from gatt.transform import check_instruction
+
+_FILE_SETTING = {"train": "values_file", "unseen": "unseen_values_file"}
+
+
+def usable_prompts(prompts: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], dict[str, int]]:
+    """The single-turn prompts whose text can be a user turn anywhere, each text once, and how many were left out and why.
+
+    Prompts of several turns (a later turn may refer to an earlier one), with a system message, or that already carry an
+    instruction are left out.
+    """
+    usable: dict[str, dict[str, Any]] = {}
+    counts = {"prompts_used": 0, "prompts_doubled": 0, "prompts_multi_turn": 0, "prompts_with_instruction": 0}
+    for row in prompts:
+        text = row["prompt"][-1]["content"].strip()
+        if len(row["prompt"]) != 1:
+            counts["prompts_multi_turn"] += 1
+        elif parse_instruction(text):
+            counts["prompts_with_instruction"] += 1
+        elif text in usable:
+            counts["prompts_doubled"] += 1
+        else:
+            usable[text] = row
+    counts["prompts_used"] = len(usable)
+    return list(usable.values()), counts
+
+
+def draw_user_turns(prompts: Sequence[dict[str, Any]], lengths: Sequence[int], rng: random.Random) -> list[list[str]]:
+    """One list of user texts a dialogue, of the given lengths; no text stands twice in a dialogue.
+
+    `prompts` are from `usable_prompts`. Raises UserError for a dialogue of zero turns, or fewer prompts than turns.
+    """
+    if not lengths or min(lengths) < 1:
+        raise UserError("a dialogue of zero turns was asked for; give at least one turn")
+    texts = [row["prompt"][0]["content"].strip() for row in prompts]
+    if len(texts) < max(lengths):
+        raise UserError(
+            f"prompt_files: {len(texts)} different single-turn prompts without an instruction are too few for dialogues of "
+            f"{max(lengths)} turns; add prompts or ask for fewer turns"
+        )
+    return [rng.sample(texts, n) for n in lengths]
+
+
+def _read_values(path: str, setting: str) -> dict[str, list[str]]:
+    try:
+        values = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise UserError(f"{setting}: {path} cannot be read as JSON: {error}") from error
+    if not isinstance(values, dict) or not values:
+        raise UserError(f'{setting}: {path} must hold an object {{"kind": ["value", ...]}}')
+    for name, entries in values.items():
+        kind = kind_named(name)
+        if not isinstance(entries, list) or not entries or not all(isinstance(entry, str) for entry in entries):
+            raise UserError(f"{setting}: {path}: the values of kind '{name}' must be a list of at least one string")
+        for entry in entries:
+            check_instruction(kind.make(entry).text)
+    return values
+
+
+def draw_instructions(settings: InstructionSettings, n: int, split: str, rng: random.Random) -> list[Instruction]:
+    """`n` instructions of `split` ("train" or "unseen"), kinds in equal shares, from the values files where given.
+
+    Raises:
+        UserError: unknown kind, empty lists, special tags in a value, or a value that is both taught and "unseen".
+    """
+    if settings.kinds is not None and not settings.kinds:
+        raise UserError("kinds: the list is empty; name at least one of: " + ", ".join(KINDS))
+    files = {"train": settings.values_file, "unseen": settings.unseen_values_file}
+    read = {name: _read_values(path, _FILE_SETTING[name]) for name, path in files.items() if path}
+    if len(read) == 2:
+        taught = {(kind, value.lower()) for kind, values in read["train"].items() for value in values}
+        both = sorted(v for kind, values in read["unseen"].items() for v in values if (kind, v.lower()) in taught)
+        if both:
+            raise UserError(f"unseen_values_file: {', '.join(both[:5])} also in values_file; a taught value is not unseen")
+    if split == "unseen" and "train" in read and "unseen" not in read:
+        raise UserError("unseen_values_file: needed beside values_file, because the starter lists may hold taught values")
+    if split not in read:
+        return sample_instructions(rng, n, split, tuple(KINDS if settings.kinds is None else settings.kinds))
+    kinds = settings.kinds or list(read[split])
+    if missing := [kind for kind in kinds if kind not in read[split]]:
+        raise UserError(f"{_FILE_SETTING[split]}: {files[split]} has no values of kind: {', '.join(missing)}")
+    order = [kinds[i % len(kinds)] for i in range(n)]
+    rng.shuffle(order)
+    return [kind_named(kind).make(rng.choice(read[split][kind])) for kind in order]
+
+
+def draw_slot(settings: InstructionSettings, rng: random.Random) -> str:
+    """Where turn 1 carries the instruction: "system" or "user"."""
+    return "system" if rng.random() < settings.system_slot_share else "user"
+
+
+def draw_wording(settings: InstructionSettings, instruction: Instruction, rng: random.Random) -> str:
+    """The full or the shortened wording (paper: half of the cases)."""
+    return instruction.short_text if rng.random() < settings.short_share else instruction.text
