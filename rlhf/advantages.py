@@ -19,7 +19,9 @@ def moments(x: Tensor, mask: Tensor) -> Tensor:
     """[3] float64: count, sum and sum of squares of `x` over `mask`. They add up over processes."""
     _same_shape(x, mask)
     kept = x[mask].double()
-    return torch.stack([torch.tensor(float(kept.numel()), dtype=torch.float64), kept.sum().cpu(), (kept**2).sum().cpu()])
+    return torch.stack(
+        [torch.tensor(float(kept.numel()), dtype=torch.float64), kept.sum().cpu(), (kept**2).sum().cpu()]
+    )
 
 
 def masked_whiten(x: Tensor, mask: Tensor, total: Tensor | None = None, eps: float = 1e-8) -> Tensor:

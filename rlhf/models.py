@@ -1,0 +1,183 @@
+"""Tokenizers and policies: loading, LoRA, and saving as plain Hugging Face folders.
+
+Decisions that are easy to get wrong and therefore live in one place:
+
+- **pad is never eos.** Llama 2 ships no pad token; with pad = eos a reward model reads its score one token early and a
+  loss that ignores padding never trains the model to stop. A distinct `<pad>` is added and the embeddings are resized.
+- **dtype.** `auto` is float32 on a CPU and for full fine-tuning (a learning rate of 1e-6 vanishes in bfloat16 weights;
+  mixed precision then comes from autocast) and bfloat16 on a GPU for frozen models and under LoRA, whose adapter stays
+  float32.
+- **A saved policy is a plain folder**: merged weights as safetensors, tokenizer with chat template, generation config,
+  model card. Under LoRA the adapter alone is kept beside them in `adapter/`. Saving never alters the live model, so
+  training continues bit for bit after a save.
+"""
+
+import hashlib
+import logging
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from configs.chat import load_chat_format, sentencepiece_file, training_chat_template
+from configs.errors import UserError
+from configs.model_settings import ModelSettings
+
+logger = logging.getLogger(__name__)
+
+PAD_TOKEN = "<pad>"
+
+
+def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of `path`, with a pad token that no other role uses (added as `<pad>` where there is none)."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"model_name_or_path: no tokenizer can be loaded from {path!r}: {error}") from error
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"model_name_or_path: the tokenizer of {path!r} has no EOS token, so no reply could ever end")
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
+        added = tokenizer.add_special_tokens({"pad_token": PAD_TOKEN})
+        if tokenizer.pad_token_id == tokenizer.eos_token_id:  # "<pad>" itself is this tokenizer's eos
+            raise UserError(f"model_name_or_path: the tokenizer of {path!r} uses {PAD_TOKEN!r} as its EOS token")
+        logger.warning("%s has no pad token of its own: %r is used (%d token added)", path, PAD_TOKEN, added)
+    return tokenizer
+
+
+def resolve_dtype(settings: ModelSettings, trainable: bool) -> torch.dtype:
+    """The dtype in which weights are held; see the module docstring for `auto`."""
+    if settings.dtype != "auto":
+        choices = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+        if settings.dtype not in choices:
+            raise UserError(f"dtype: {settings.dtype!r} is not one of auto, {', '.join(choices)}")
+        return choices[settings.dtype]
+    trained_fully = trainable and not settings.use_peft
+    return torch.bfloat16 if torch.cuda.is_available() and not trained_fully else torch.float32
+
+
+def load_policy(settings: ModelSettings, trainable: bool = True) -> PreTrainedModel | PeftModel:
+    """The causal language model of `settings`, with a fresh LoRA adapter where `use_peft` asks for one.
+
+    Embeddings grow by the tokens that `load_tokenizer` adds; the new rows start as the mean of the old ones. A model
+    that is not `trainable` comes frozen and in eval mode. Llama has no dropout; where a model has, it is switched off
+    (recipe sheet 10.31), so that log-probs of one state are always the same numbers.
+    """
+    path = settings.model_name_or_path
+    tokenizer = load_tokenizer(path)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            path, dtype=resolve_dtype(settings, trainable), attn_implementation=settings.attn_implementation
+        )
+    except (OSError, ValueError) as error:
+        raise UserError(f"model_name_or_path: no causal language model can be loaded from {path!r}: {error}") from error
+    _grow_embeddings(model, len(tokenizer))
+    model.config.pad_token_id = tokenizer.pad_token_id
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    if not trainable:
+        return model.requires_grad_(False).eval()
+    return add_lora(model, settings) if settings.use_peft else model
+
+
+def add_lora(model: PreTrainedModel, settings: ModelSettings) -> PeftModel:
+    """A LoRA adapter on all linear layers, or on `lora_target_modules`. It starts as the identity (B = 0)."""
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=settings.lora_r,
+        lora_alpha=settings.lora_alpha,
+        lora_dropout=settings.lora_dropout,
+        target_modules=settings.lora_target_modules or "all-linear",
+    )
+    try:
+        return get_peft_model(model, config)  # type: ignore[return-value]
+    except ValueError as error:
+        raise UserError(f"lora_target_modules: {error}") from error
+
+
+def _grow_embeddings(model: PreTrainedModel, vocabulary: int) -> None:
+    """Grow input and output embeddings to `vocabulary` rows; never shrink (checkpoints pad their tables)."""
+    rows = model.get_input_embeddings().weight.shape[0]
+    if vocabulary <= rows:
+        return
+    model.resize_token_embeddings(vocabulary, mean_resizing=False)
+    with torch.no_grad():
+        for module in (model.get_input_embeddings(), model.get_output_embeddings()):
+            if module is not None:  # mean of the old rows: an average token, neither likely nor an outlier
+                module.weight[rows:] = module.weight[:rows].float().mean(0).to(module.weight.dtype)
+    logger.warning("embeddings grown from %d to %d rows for added tokens", rows, vocabulary)
+
+
+def merged_state_dict(model: PreTrainedModel | PeftModel) -> tuple[PreTrainedModel, dict[str, torch.Tensor]]:
+    """The base model and its weights with the active adapters added: W + (alpha / r) B A. The model is not touched."""
+    if not isinstance(model, PeftModel):
+        return model, model.state_dict()
+    base: PreTrainedModel = model.get_base_model()  # type: ignore[assignment]
+    state = {
+        name.replace(".base_layer.", "."): weight for name, weight in base.state_dict().items() if "lora_" not in name
+    }
+    with torch.no_grad():
+        for name, module in base.named_modules():
+            if isinstance(module, LoraLayer):
+                weight = module.get_base_layer().weight
+                delta = sum(module.get_delta_weight(adapter).float() for adapter in module.active_adapters)
+                state[f"{name}.weight"] = (weight.float() + delta).to(weight.dtype)
+    return base, state
+
+
+def save_policy(
+    model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path, card: str
+) -> Path:
+    """Write `folder` as a model that `AutoModelForCausalLM` loads, `card` as its README.md; returns the folder."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    base, state = merged_state_dict(model)
+    chat_format = load_chat_format(tokenizer)
+    base.generation_config = GenerationConfig(  # Llama 2's chat defaults (recipe sheet, section 8)
+        do_sample=True,
+        temperature=0.6,
+        top_p=0.9,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=list(chat_format.stop_ids),
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    base.save_pretrained(folder, state_dict=state)
+    tokenizer.chat_template = training_chat_template(chat_format)
+    tokenizer.save_pretrained(folder)
+    if sentencepiece := sentencepiece_file(tokenizer):  # Llama 2's exact ids need it, and save_pretrained leaves it out
+        shutil.copyfile(sentencepiece, folder / "tokenizer.model")
+    if isinstance(model, PeftModel):
+        model.save_pretrained(folder / "adapter")
+    (folder / "README.md").write_text(card, encoding="utf-8")
+    return folder
+
+
+def model_card(
+    stage: str, settings: Mapping[str, Any], data: Mapping[str, str], results: Mapping[str, float | int | str]
+) -> str:
+    """A model card: what made the model (`settings`), from which files (`data`: path -> fingerprint), how it measured."""
+    base = settings.get("model_name_or_path", "unknown")
+    lines = ["---", "library_name: transformers", f"base_model: {base}", f"tags: [rlhf, {stage}]", "---", ""]
+    lines += [f"# {stage}", "", f"Made from `{base}` by the `{stage}` stage of a Llama 2-Chat recipe.", ""]
+    lines += ["## Measured", "", "| figure | value |", "|---|---|"]
+    lines += [f"| {name} | {value:.6g} |" if isinstance(value, float) else f"| {name} | {value} |"
+              for name, value in results.items()]  # fmt: skip
+    lines += ["", "## Data", "", "| file | fingerprint |", "|---|---|"]
+    lines += [f"| `{name}` | `{fingerprint}` |" for name, fingerprint in data.items()]
+    lines += ["", "## Settings", "", "```yaml", yaml.safe_dump(dict(settings), sort_keys=True).rstrip(), "```", ""]
+    return "\n".join(lines)
+
+
+def data_fingerprint(path: str) -> str:
+    """SHA-256 of a local file, so that a model card says exactly which data made the model; a Hub name as it is."""
+    if not Path(path).is_file():
+        return f"hub:{path}"
+    with open(path, "rb") as file:
+        return "sha256:" + hashlib.file_digest(file, "sha256").hexdigest()

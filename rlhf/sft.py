@@ -1,0 +1,332 @@
+"""Supervised fine-tuning on dialogues (paper 3.1; recipe sheet 1): the loss is on replies only, rows are packed.
+
+    accelerate launch rlhf/sft.py --config configs/llama2_7b_sft.yaml --output_dir runs/sft
+
+Reads dialogue files, writes `output_dir/model`. The loop is `trl.SFTTrainer`; ours are the ids and labels it gets:
+
+1. Labels come from the chat format's own mask, built with the ids by the same append. Every reply of a dialogue is
+   trained, its EOS included (recipe sheet 10.26); rows marked `train_on: last` (Ghost Attention, 3.3) train the last.
+2. A dialogue longer than `max_length` loses its oldest exchanges, never its system message or its last question; one
+   whose last exchange alone is too long is left out. Both are counted and reported.
+3. Packed dialogues get a block-diagonal mask and positions from 0, so that none sees another: a packed row is worth
+   exactly its dialogues one by one. (trl's padding-free collator would join the batch to one row of all its tokens;
+   without FlashAttention that costs batch times the attention memory.)
+4. The loss is the sum over trained tokens divided by their number in the whole step, over micro-batches and processes:
+   1 x 8 is 4 x 2.
+"""
+
+import math
+import random
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+if __package__ in (None, ""):  # launched by path, Python puts rlhf/ first: `import reward` would fail
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from rlhf import cli  # noqa: I001  (first: it switches off telemetry before trl is imported)
+
+import torch
+from datasets import Dataset
+from transformers import TrainerCallback, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+from trl import SFTConfig, SFTTrainer
+from trl.data_utils import pack_dataset
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+from configs.chat import ChatFormat, load_chat_format
+from configs.errors import UserError
+from configs.model_settings import ModelSettings, RunSettings
+from configs.records import read_dialogues, split_by_prompt
+from configs.sampling_settings import SamplingSettings
+from configs.sft_settings import SFTSettings
+from rlhf.models import data_fingerprint, load_policy, load_tokenizer, model_card, save_policy
+from rlhf.run import RunFolder
+from rlhf.sampler import sample
+
+IGNORED = -100  # label of a token that is not trained
+
+
+def encode_dialogue(row: dict[str, Any], chat_format: ChatFormat, max_length: int) -> tuple[dict[str, list[int]], str]:
+    """One dialogue record -> ({"input_ids", "labels"}, "whole" | "shortened" | "too_long").
+
+    Exchanges are dropped from the oldest until the rest fits into `max_length` tokens; the system message stays.
+    """
+    messages = row["messages"]
+    system, turns = ([messages[0]], messages[1:]) if messages[0]["role"] == "system" else ([], messages)
+    verdict = "whole"
+    while turns:
+        kept = system + turns
+        encoded = chat_format.encode_dialogue(kept)
+        if len(encoded.input_ids) <= max_length:
+            labels = [i if on else IGNORED for i, on in zip(encoded.input_ids, encoded.response_mask, strict=True)]
+            if row.get("train_on", "all") == "last":  # the prompt's ids are an exact prefix of the dialogue's
+                prompt = len(chat_format.encode_prompt(kept[:-1]))
+                labels[:prompt] = [IGNORED] * prompt
+            return {"input_ids": encoded.input_ids, "labels": labels}, verdict
+        turns, verdict = turns[2:], "shortened"
+    return {"input_ids": [], "labels": []}, "too_long"
+
+
+def encode_rows(
+    rows: Sequence[dict[str, Any]], chat_format: ChatFormat, max_length: int
+) -> tuple[list[dict[str, list[int]]], Counter[str]]:
+    """All dialogues that fit, in order, and how many were whole, shortened or left out as too long."""
+    verdicts: Counter[str] = Counter(whole=0, shortened=0, too_long=0)
+    examples = []
+    for row in rows:
+        example, verdict = encode_dialogue(row, chat_format, max_length)
+        verdicts[verdict] += 1
+        if verdict != "too_long":
+            examples.append(example)
+    return examples, verdicts
+
+
+def mix(files: Sequence[Sequence[dict[str, Any]]], weights: Sequence[float] | None, seed: int) -> list[dict[str, Any]]:
+    """Rows of all files; weight w gives floor(w) whole passes over a file and a seeded draw of the remaining share."""
+    rng = random.Random(seed)
+    mixed: list[dict[str, Any]] = []
+    for rows, weight in zip(files, weights or [1.0] * len(files), strict=True):
+        whole, share = divmod(weight, 1.0)
+        mixed += list(rows) * int(whole) + rng.sample(list(rows), round(share * len(rows)))
+    return mixed
+
+
+def to_dataset(examples: Sequence[dict[str, list[int]]], max_length: int, packing: bool) -> Dataset:
+    """Rows with `input_ids`, `labels` and `seq_lengths` (tokens of each dialogue in the row, in order)."""
+    columns = {name: [example[name] for example in examples] for name in ("input_ids", "labels")}
+    if packing:
+        return pack_dataset(Dataset.from_dict(columns), max_length, "bfd")
+    return Dataset.from_dict({**columns, "seq_lengths": [[len(ids)] for ids in columns["input_ids"]]})
+
+
+@dataclass(frozen=True)
+class PackedCollator:
+    """Rows of several dialogues -> padded batch in which a token sees the earlier tokens of its own dialogue only.
+
+    `input_ids`, `labels`, `position_ids` are [B, T], positions from 0 in each dialogue; `attention_mask` is
+    [B, 1, T, T], True where the query (third axis) may see the key. Padding sees padding, so that no softmax is
+    over nothing.
+    """
+
+    pad_token_id: int
+    additive: torch.dtype | None = None  # a mask of 0 and -inf in this dtype instead of bool; see `collator_for`
+
+    def __call__(self, rows: Sequence[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
+        shape = (len(rows), max(len(row["input_ids"]) for row in rows))
+        input_ids_BT = torch.full(shape, self.pad_token_id)
+        labels_BT = torch.full(shape, IGNORED)
+        position_ids_BT = torch.zeros(shape, dtype=torch.long)
+        dialogue_BT = torch.zeros(shape, dtype=torch.long)  # 1, 2, ... along a row; 0 is padding
+        for b, row in enumerate(rows):
+            lengths, end = row["seq_lengths"], len(row["input_ids"])
+            if sum(lengths) != end:
+                raise ValueError(f"a row of {end} tokens says that its dialogues have {lengths}")
+            input_ids_BT[b, :end] = torch.tensor(row["input_ids"])
+            labels_BT[b, :end] = torch.tensor(row["labels"])
+            position_ids_BT[b, :end] = torch.cat([torch.arange(length) for length in lengths])
+            dialogue_BT[b, :end] = torch.repeat_interleave(torch.arange(1, len(lengths) + 1), torch.tensor(lengths))
+        mask_B1TT = (dialogue_BT[:, :, None] == dialogue_BT[:, None, :]).tril()[:, None]
+        if self.additive is not None:
+            lowest = torch.finfo(self.additive).min
+            mask_B1TT = torch.zeros(mask_B1TT.shape, dtype=self.additive).masked_fill(~mask_B1TT, lowest)
+        return {
+            "input_ids": input_ids_BT,
+            "labels": labels_BT,
+            "position_ids": position_ids_BT,
+            "attention_mask": mask_B1TT,
+        }
+
+
+def collator_for(model: Any, pad_token_id: int) -> Any:
+    """The collator whose mask the model's attention understands.
+
+    Eager attention *adds* the mask to the logits: a bool mask there lets each dialogue see the others, without error.
+    FlashAttention takes no mask but finds the dialogues by their positions; trl's padding-free collator is made for it.
+    """
+    attention = model.config._attn_implementation
+    if attention == "sdpa":
+        return PackedCollator(pad_token_id)
+    if attention == "eager":
+        return PackedCollator(pad_token_id, additive=model.dtype)
+    if attention.startswith("flash_attention"):
+        return DataCollatorForLanguageModeling(pad_token_id, padding_free=True)
+    raise UserError(f"attn_implementation: {attention!r} cannot keep packed dialogues apart; use sdpa")
+
+
+class RunFolderCallback(TrainerCallback):
+    """Hands every log record of the trainer to the run folder."""
+
+    def __init__(self, run: RunFolder):
+        self.run = run
+
+    def on_log(self, args, state, control, logs=None, **kwargs):  # noqa: ANN001, D102
+        numbers = {k: float(v) for k, v in (logs or {}).items() if isinstance(v, int | float)}
+        numbers.pop("num_tokens", None)  # trl sums the attention mask, which is two-dimensional for it
+        numbers.pop("eval_num_tokens", None)
+        if state.is_world_process_zero and numbers:
+            self.run.log(state.global_step, numbers)
+
+
+def build_trainer(
+    model: Any, tokenizer: Any, train: Dataset, held_out: Dataset | None, sft: SFTSettings, run: RunSettings
+) -> SFTTrainer:
+    """`trl.SFTTrainer` over rows that are encoded and packed already; it prepares nothing and adds nothing."""
+    config = SFTConfig(
+        output_dir=run.output_dir,
+        seed=run.seed,
+        use_cpu=run.use_cpu or not torch.cuda.is_available(),
+        report_to="none",  # the run folder feeds the trackers
+        logging_steps=run.logging_steps,
+        per_device_train_batch_size=sft.per_device_train_batch_size,
+        per_device_eval_batch_size=sft.per_device_eval_batch_size,
+        gradient_accumulation_steps=sft.gradient_accumulation_steps,
+        num_train_epochs=sft.num_train_epochs,
+        max_steps=sft.max_steps,
+        learning_rate=sft.learning_rate,
+        lr_scheduler_type=sft.lr_scheduler_type,
+        warmup_steps=sft.warmup_steps,
+        weight_decay=sft.weight_decay,
+        adam_beta1=sft.adam_beta1,
+        adam_beta2=sft.adam_beta2,
+        adam_epsilon=sft.adam_epsilon,
+        max_grad_norm=sft.max_grad_norm,
+        gradient_checkpointing=sft.gradient_checkpointing,
+        bf16=sft.bf16,
+        eval_strategy="steps" if sft.eval_steps > 0 and held_out is not None else "no",
+        eval_steps=sft.eval_steps or None,
+        save_strategy="steps" if sft.save_steps > 0 else "no",
+        save_steps=sft.save_steps or 500,
+        save_total_limit=sft.save_total_limit,
+        max_length=sft.max_length,
+        dataset_kwargs={"skip_prepare_dataset": True},
+        remove_unused_columns=False,
+        dataloader_pin_memory=torch.cuda.is_available(),
+    )
+    return SFTTrainer(
+        model=model,
+        args=config,
+        data_collator=collator_for(model, tokenizer.pad_token_id),
+        train_dataset=train,
+        eval_dataset=held_out,
+        processing_class=tokenizer,
+    )
+
+
+@torch.no_grad()
+def held_out_loss(trainer: SFTTrainer) -> tuple[float, int]:
+    """Mean negative log-likelihood in nats over the trained tokens of the held-out set, and their number.
+
+    The trainer's own `eval_loss` is a mean of batch means, in which a token's weight depends on its batch.
+    """
+    trainer.model.eval()
+    totals = torch.zeros(2, dtype=torch.float64)
+    for batch in trainer.get_eval_dataloader():
+        outputs = trainer.model(**batch, use_cache=False, fused_lm_head=True)
+        totals += torch.stack([-outputs.log_probs.sum(), outputs.label_mask.sum()]).double().cpu()
+    loss_sum, tokens = trainer.accelerator.reduce(totals.to(trainer.accelerator.device, torch.float32)).tolist()
+    return loss_sum / max(tokens, 1.0), int(tokens)
+
+
+def read_all(files: Sequence[str], sft: SFTSettings, run: RunSettings, chat_format: ChatFormat) -> list[list[dict]]:
+    """The rows of each file; bad ones go to the reject file, and too large a share of them raises."""
+    reject_file = sft.reject_file or str(Path(run.output_dir) / "rejected.jsonl")
+    options = {"reject_file": reject_file, "max_reject_share": sft.max_reject_share, "chat_format": chat_format}
+    return [read_dialogues(path, **options).rows for path in files]
+
+
+def write_samples(model: Any, chat_format: ChatFormat, pad_id: int, rows: list[dict], sft: SFTSettings, run: Any,
+                  step: int, seed: int) -> None:  # fmt: skip
+    """Decoded replies of the trained model to held-out prompts, beside the reply of the data."""
+    prompts = [row["messages"][:-1] for row in rows[: sft.num_samples]]
+    if not prompts:
+        return
+    batch = sample(
+        model.eval(),
+        [chat_format.encode_prompt(prompt) for prompt in prompts],
+        1,
+        SamplingSettings(max_new_tokens=sft.sample_max_new_tokens),
+        stop_ids=chat_format.stop_ids,
+        pad_id=pad_id,
+        seed=seed,
+    )
+    run.samples(step, [
+        {"prompt": prompt, "response": chat_format.decode_response(ids), "data": row["messages"][-1]["content"]}
+        for prompt, ids, row in zip(prompts, batch.response_ids, rows, strict=False)
+    ])  # fmt: skip
+
+
+def last_checkpoint(run: RunSettings) -> str | None:
+    """The folder of the newest checkpoint of an unfinished run, where the run may be resumed."""
+    return get_last_checkpoint(run.output_dir) if run.resume and Path(run.output_dir).is_dir() else None
+
+
+def main(args: list[str] | None = None) -> dict[str, Any]:
+    """Train and save; returns the summary that is also `output_dir/summary.json`."""
+    sft, model_settings, run_settings = cli.parse(SFTSettings, ModelSettings, RunSettings, args=args)
+    settings = {**asdict(sft), **asdict(model_settings), **asdict(run_settings)}
+    if done := RunFolder.completed(run_settings.output_dir, settings):
+        return done
+    if not sft.train_files:
+        raise UserError("train_files: name at least one dialogue file")
+    set_seed(run_settings.seed)
+    tokenizer = load_tokenizer(model_settings.model_name_or_path)
+    chat_format = load_chat_format(tokenizer, model_settings.chat_format)
+
+    files = read_all(sft.train_files, sft, run_settings, chat_format)
+    if sft.eval_files:
+        held_out = [row for rows in read_all(sft.eval_files, sft, run_settings, chat_format) for row in rows]
+    else:
+        pairs = [split_by_prompt(rows, sft.eval_fraction, run_settings.seed) for rows in files]
+        files, held_out = [train for train, _ in pairs], [row for _, out in pairs for row in out]
+    train_rows = mix(files, sft.mix_weights, run_settings.seed)
+    examples, counts = encode_rows(train_rows, chat_format, sft.max_length)
+    held_out_examples, held_out_counts = encode_rows(held_out, chat_format, sft.max_length)
+    if not examples:
+        raise UserError(f"train_files: none of {len(train_rows)} dialogues fits max_length={sft.max_length} tokens")
+
+    checkpoint = last_checkpoint(run_settings)
+    run = RunFolder(run_settings.output_dir, settings, "sft", int(checkpoint.rsplit("-", 1)[1]) if checkpoint else 0)
+    model = load_policy(model_settings)
+    trainer = build_trainer(
+        model,
+        tokenizer,
+        to_dataset(examples, sft.max_length, sft.packing),
+        to_dataset(held_out_examples, sft.max_length, sft.packing) if held_out_examples else None,
+        sft,
+        run_settings,
+    )
+    trainer.add_callback(RunFolderCallback(run))
+    output = trainer.train(resume_from_checkpoint=checkpoint)
+
+    summary: dict[str, Any] = {
+        "steps": trainer.state.global_step,
+        "train_loss": output.training_loss,
+        "train_dialogues": len(examples),
+        "train_rows": len(trainer.train_dataset),
+        "train_tokens": sum(label != IGNORED for example in examples for label in example["labels"]),
+        "shortened": counts["shortened"],
+        "too_long": counts["too_long"] + held_out_counts["too_long"],
+        "held_out_dialogues": len(held_out_examples),
+        "seconds": output.metrics["train_runtime"],
+    }
+    if held_out_examples:
+        loss, tokens = held_out_loss(trainer)
+        summary |= {"eval_loss": loss, "eval_perplexity": math.exp(min(loss, 700.0)), "eval_tokens": tokens}
+    run.log(trainer.state.global_step, {k: v for k, v in summary.items() if isinstance(v, int | float)})
+    unwrapped = trainer.accelerator.unwrap_model(trainer.model)
+    if trainer.accelerator.is_main_process:
+        write_samples(unwrapped, chat_format, tokenizer.pad_token_id, held_out, sft, run, summary["steps"],
+                      run_settings.seed)  # fmt: skip
+        data = {path: data_fingerprint(path) for path in sft.train_files + sft.eval_files}
+        save_policy(unwrapped, tokenizer, Path(run_settings.output_dir) / "model",
+                    model_card("sft", settings, data, summary))  # fmt: skip
+    trainer.accelerator.wait_for_everyone()
+    return run.finish(summary)
+
+
+if __name__ == "__main__":
+    cli.entry(main)
