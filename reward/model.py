@@ -10,6 +10,7 @@ subclass that differs from the plain one in two points, neither of which shows i
 
 import contextlib
 import logging
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from transformers import logging as transformers_logging
 from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
 
+from configs.chat import sentencepiece_file
 from configs.errors import UserError
 
 
@@ -129,6 +131,8 @@ def save_reward_model(model: Any, tokenizer: PreTrainedTokenizerBase, folder: st
         model = model.merge_and_unload()
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    if (sentencepiece := sentencepiece_file(tokenizer)) is not None:  # save_pretrained leaves it behind
+        shutil.copy(sentencepiece, folder / sentencepiece.name)
     (folder / "README.md").write_text(card, encoding="utf-8")
 
 

@@ -25,6 +25,8 @@ from reward.data import EncodedPair
 from reward.loss import ranking_loss_sum, safety_loss_sum
 from reward.scorer import score_ids
 
+CHECKPOINTS = "checkpoints"  # in the run folder
+
 
 class LengthGroupedSampler(Sampler[int]):
     """Pairs of similar length side by side, shuffled anew each epoch.
@@ -176,7 +178,7 @@ class _Progress(TrainerCallback):
 def training_arguments(run: RunSettings, settings: RewardSettings) -> TrainingArguments:
     """The Trainer's arguments from ours. Logs go to the run folder, so the Trainer reports to nothing itself."""
     arguments = TrainingArguments(
-        output_dir=f"{run.output_dir}/checkpoints",
+        output_dir=f"{run.output_dir}/{CHECKPOINTS}",
         seed=run.seed,
         use_cpu=run.use_cpu,
         logging_steps=run.logging_steps,

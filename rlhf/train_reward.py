@@ -14,10 +14,13 @@ Writes a run folder: settings, metrics.jsonl, test pairs with scores, summary.js
 Expect an accuracy of 0.5 at the start and, on HH-RLHF, 0.6 to 0.7 after one epoch.
 """
 
+import shutil
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 if __package__ in (None, ""):  # launched by path, Python puts rlhf/ first: `import reward` would fail
@@ -25,12 +28,10 @@ if __package__ in (None, ""):  # launched by path, Python puts rlhf/ first: `imp
 
 from rlhf import cli  # noqa: E402,I001  (first: it switches off telemetry before trl is imported)
 
-from collections import Counter  # noqa: E402
-from time import monotonic  # noqa: E402
+import yaml  # noqa: E402
+from accelerate import PartialState  # noqa: E402
 
-from transformers.trainer_utils import get_last_checkpoint  # noqa: E402
-
-from configs.chat import ChatFormat, load_chat_format  # noqa: E402
+from configs.chat import ChatFormat, load_chat_format, training_chat_template  # noqa: E402
 from configs.errors import UserError  # noqa: E402
 from configs.model_settings import ModelSettings, RunSettings  # noqa: E402
 from configs.records import RATINGS, read_preferences, split_by_prompt, write_jsonl  # noqa: E402
@@ -40,15 +41,15 @@ from reward.data import EncodedPair, encode_pairs, mix  # noqa: E402
 from reward.loss import margin_table  # noqa: E402
 from reward.model import add_lora, create_reward_model, save_reward_model  # noqa: E402
 from rlhf.models import data_fingerprint, load_tokenizer, model_card, resolve_dtype  # noqa: E402
-from rlhf.reward_training import RewardTrainer, score_pairs, training_arguments  # noqa: E402
-from rlhf.run import RunFolder  # noqa: E402
+from rlhf.reward_training import CHECKPOINTS, RewardTrainer, score_pairs, training_arguments  # noqa: E402
+from rlhf.run import NOT_COMPARED, RunFolder  # noqa: E402
 
 
 def main(args: list[str] | None = None) -> dict[str, Any]:
     """Train, test, save; returns the summary that is also in `output_dir/summary.json`."""
     settings, model_settings, run_settings = cli.parse(RewardSettings, ModelSettings, RunSettings, args=args)
     resolved = {**asdict(settings), **asdict(model_settings), **asdict(run_settings)}
-    if (done := RunFolder.completed(run_settings.output_dir)) and done.get("settings") == resolved:
+    if done := RunFolder.completed(run_settings.output_dir, resolved):
         return done
     margins = _margins(settings)
     started = monotonic()
@@ -104,25 +105,24 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
         return {"accuracy": sum(outcomes) / len(outcomes)} if outcomes else {}
 
     latest: dict[str, Any] = {}
-    run = RunFolder(run_settings.output_dir, resolved, "train_reward")
-    trainer = RewardTrainer(
-        model, arguments, settings, train_pairs, tokenizer.pad_token_id, evaluate_pairs, run.log if is_main else _no_log
-    )
-    checkpoints = Path(arguments.output_dir or "")
-    checkpoint = get_last_checkpoint(str(checkpoints)) if run_settings.resume and checkpoints.is_dir() else None
-    result = trainer.train(resume_from_checkpoint=checkpoint)
+    checkpoint = last_checkpoint(output_dir, resolved) if run_settings.resume else None
+    PartialState().wait_for_everyone()  # all have read the folder before one writes to it
+    run = RunFolder(run_settings.output_dir, resolved, "train_reward", 0 if checkpoint is None else _step(checkpoint))
+    if checkpoint is None and is_main:
+        shutil.rmtree(output_dir / CHECKPOINTS, ignore_errors=True)  # of other settings; they would pass for newer ones
+    trainer = RewardTrainer(model, arguments, settings, train_pairs, tokenizer.pad_token_id, evaluate_pairs, run.log)
+    training = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     trained = monotonic()
     trainer.evaluate()
 
     # Results
     chosen, rejected = latest["scores"]
     summary: dict[str, Any] = {
-        "stage": "train_reward",
         "objective": settings.objective,
         "margin": settings.margin if settings.margin_table is None else list(settings.margin_table),
         **pair_summary(test_pairs, chosen, rejected),
         "steps": trainer.state.global_step,
-        "train_loss": result.training_loss,
+        "train_loss": training.training_loss,
         "train_pairs": counts["pairs"],
         "train_by_source": dict(sorted(Counter(str(pair.row.get("source")) for pair in train_pairs).items())),
         "unrated": counts["unrated"],
@@ -137,11 +137,12 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
         data = {path: data_fingerprint(path) for path in [*settings.train_files, *(settings.eval_files or [])]}
         quoted = {name: value for name, value in summary.items() if isinstance(value, int | float | str)}
         card = model_card(f"reward_{settings.objective}", resolved, data, quoted)
+        tokenizer.chat_template = training_chat_template(chat_format)
         save_reward_model(trainer.accelerator.unwrap_model(trainer.model), tokenizer, output_dir / "model", card)
-    summary |= {"seconds": monotonic() - started, "settings": resolved}
-    run.finish(summary)
+    summary["seconds"] = monotonic() - started
+    result = run.finish(summary)
     trainer.accelerator.wait_for_everyone()
-    return summary
+    return result
 
 
 def pair_summary(pairs: Sequence[EncodedPair], chosen: Sequence[float], rejected: Sequence[float]) -> dict[str, Any]:
@@ -170,6 +171,22 @@ def pair_summary(pairs: Sequence[EncodedPair], chosen: Sequence[float], rejected
         "calibration": bins,
         "calibration_error": metrics.expected_calibration_error(bins),
     }
+
+
+def last_checkpoint(output_dir: Path, resolved: dict[str, Any]) -> Path | None:
+    """The newest complete checkpoint of a run with these settings; None where there is none to continue from."""
+    try:
+        settings = yaml.safe_load((output_dir / "settings.yaml").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    # The Trainer writes trainer_state.json last: without it the process was killed while saving.
+    complete = [path.parent for path in (output_dir / CHECKPOINTS).glob("checkpoint-*/trainer_state.json")]
+    same = all(settings.get(name) == value for name, value in resolved.items() if name not in NOT_COMPARED)
+    return max(complete, key=_step, default=None) if same else None
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.split("-")[-1])
 
 
 def _margins(settings: RewardSettings) -> dict[str, float] | None:
@@ -243,10 +260,6 @@ def _samples(
         }
         for pair, r_chosen, r_rejected in zip(pairs[:count], chosen, rejected, strict=False)
     ]
-
-
-def _no_log(step: int, values: dict[str, float]) -> None:
-    """Processes other than the main one write no metrics."""
 
 
 if __name__ == "__main__":

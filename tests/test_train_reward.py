@@ -1,0 +1,250 @@
+"""The script: from files on disk to a scored, saved reward model. Tiny model, byte-level tokenizer made in process."""
+
+import gzip
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoModelForSequenceClassification, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from configs.errors import UserError
+from configs.model_settings import ModelSettings, RunSettings
+from configs.records import RATINGS
+from configs.reward_settings import RewardSettings
+from reward.model import load_reward_model
+from reward.scorer import score_ids
+from rlhf import cli
+from rlhf.train_reward import last_checkpoint, main
+
+ROOT = Path(__file__).resolve().parents[1]
+SAFETY = ("chosen_safe", "both_safe", "both_unsafe")
+
+
+@pytest.fixture(scope="module")
+def chat_model(tmp_path_factory):
+    """A causal language model folder with a tokenizer of one token a byte, in the Llama 2 chat format."""
+    folder = tmp_path_factory.mktemp("chat_model")
+    special = ["<unk>", "<s>", "</s>", "<pad>"]
+    vocabulary = {token: i for i, token in enumerate([*special, *sorted(pre_tokenizers.ByteLevel.alphabet())])}
+    tokenizer = Tokenizer(models.BPE(vocabulary, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="<pad>"
+    ).save_pretrained(folder)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(vocabulary), hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, bos_token_id=1, eos_token_id=2, pad_token_id=3, initializer_range=0.1,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def message(role, content):
+    return {"role": role, "content": content}
+
+
+def preference(i, **fields):
+    """A learnable pair: the chosen response ends in "yes", the rejected one in "no"."""
+    row = {
+        "prompt": [message("user", f"question {i}")],
+        "chosen": [message("assistant", f"{i} yes")],
+        "rejected": [message("assistant", f"{i} no")],
+        "rating": RATINGS[i % 4],
+        "safety": SAFETY[i % 3],
+        "source": "even" if i % 2 == 0 else "odd",
+        "p_chosen": 0.9 if i % 4 == 0 else 0.7,
+    }
+    return row | fields
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def files(tmp_path):
+    train = write(tmp_path / "train.jsonl", [preference(i) for i in range(24)])
+    test = write(tmp_path / "test.jsonl", [preference(i) for i in range(100, 116)])
+    return train, test
+
+
+def arguments(chat_model, files, tmp_path, *more):
+    return [
+        "--model_name_or_path", str(chat_model), "--output_dir", str(tmp_path / "run"), "--use_cpu", "true",
+        "--train_files", str(files[0]), "--eval_files", str(files[1]), "--per_device_train_batch_size", "4",
+        "--logging_steps", "1", *map(str, more),
+    ]  # fmt: skip
+
+
+def jsonl(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_it_learns_and_reports_everything(chat_model, files, tmp_path):
+    summary = main(
+        arguments(
+            chat_model, files, tmp_path, "--learning_rate", "1e-2", "--num_train_epochs", 6, "--min_warmup_steps", 1
+        )
+    )
+    run = tmp_path / "run"
+    assert summary["accuracy"] > 0.9  # chance is 0.5
+    assert summary["ci95"][0] < summary["accuracy"] <= summary["ci95"][1]
+    assert list(summary["by_rating"]) == list(RATINGS)
+    assert summary["ceiling"] == pytest.approx((0.9 + 3 * 0.7) / 4)
+    assert summary["ceiling_by_rating"]["significantly_better"] == pytest.approx(0.9)
+    assert {name: cell["count"] for name, cell in summary["by_source"].items()} == {"even": 8, "odd": 8}
+    assert summary["steps"] == 36
+    assert summary["unrated"] == summary["too_long"] == summary["test_prompts_in_training"] == 0
+    assert summary["scores"]["chosen"]["mean"] > summary["scores"]["rejected"]["mean"]
+    assert json.loads((run / "summary.json").read_text()) == summary
+    assert yaml.safe_load((run / "settings.yaml").read_text())["margin"] == "small"
+    logs = jsonl(run / "metrics.jsonl")
+    assert logs[0]["train/loss"] > logs[-3]["train/loss"]
+    assert logs[-1]["eval/accuracy"] == summary["accuracy"]
+    assert not (run / "checkpoints").exists()
+
+    sample = jsonl(run / "samples.jsonl")[0]
+    assert sample["chosen"] == "100 yes"
+    # The folder alone gives the reported score: "<s>[INST] question 100 [/INST] 100 yes </s>", one token a byte
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(run / "model")
+    ids = [1, *tokenizer.encode("[INST] question 100 [/INST]", add_special_tokens=False)]
+    ids += [*tokenizer.encode(" 100 yes ", add_special_tokens=False), 2]
+    assert score_ids(load_reward_model(run / "model"), [ids]).item() == pytest.approx(sample["r_chosen"], abs=1e-4)
+    assert AutoModelForSequenceClassification.from_pretrained(run / "model").num_labels == 1
+    assert "accuracy" in (run / "model" / "README.md").read_text()
+
+
+def test_a_complete_run_is_not_run_again(chat_model, files, tmp_path):
+    call = arguments(chat_model, files, tmp_path, "--max_steps", 1)
+    first = main(call)
+    stamp = (tmp_path / "run" / "summary.json").stat().st_mtime_ns
+    assert main(call)["accuracy"] == first["accuracy"]
+    assert (tmp_path / "run" / "summary.json").stat().st_mtime_ns == stamp
+    assert main([*call, "--margin", "large"])["margin"] == "large"  # other settings: another run
+
+
+def test_an_interrupted_run_continues_and_other_settings_start_afresh(chat_model, files, tmp_path):
+    call = arguments(chat_model, files, tmp_path, "--save_steps", 2, "--num_train_epochs", 1)
+    first = main(call)
+    run = tmp_path / "run"
+    settings = yaml.safe_load((run / "settings.yaml").read_text())
+    assert last_checkpoint(run, settings).name == "checkpoint-6"
+    (run / "checkpoints" / "checkpoint-6" / "trainer_state.json").unlink()  # killed while it saved
+    (run / "summary.json").unlink()
+    assert last_checkpoint(run, settings).name == "checkpoint-4"
+    assert last_checkpoint(run, settings | {"learning_rate": 1.0}) is None
+    second = main(call)
+    assert second["scores"] == first["scores"]
+    steps = [row["step"] for row in jsonl(run / "metrics.jsonl") if "train/accuracy" in row]
+    assert steps == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("extra", [[], ["--use_peft", "true", "--lora_r", "4"]], ids=["full", "lora"])
+def test_real_command_line(chat_model, files, tmp_path, extra):
+    config = tmp_path / "reward.yaml"
+    config.write_text("objective: safety\nmargin: large\nmax_steps: 2\ntrain_sampling_strategy: group_by_length\n")
+    command = [sys.executable, "rlhf/train_reward.py", "--config", str(config), *arguments(chat_model, files, tmp_path)]
+    done = subprocess.run([*command, *extra], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert (summary["objective"], summary["margin"], summary["steps"]) == ("safety", "large", 2)
+    assert set(summary["by_safety"]) == set(SAFETY)
+    assert jsonl(tmp_path / "run" / "metrics.jsonl")[0]["train/safety_loss"] > 0
+    assert (tmp_path / "run" / "model" / "adapter").exists() == bool(extra)
+    load_reward_model(tmp_path / "run" / "model")
+
+
+def test_hh_transcripts_count_as_unrated(chat_model, tmp_path):
+    def rows(numbers):
+        return "".join(
+            json.dumps({
+                "chosen": f"\n\nHuman: a {i}\n\nAssistant: b\n\nHuman: c\n\nAssistant: yes",
+                "rejected": f"\n\nHuman: a {i}\n\nAssistant: b\n\nHuman: c\n\nAssistant: no",
+            }) + "\n"
+            for i in numbers
+        )  # fmt: skip
+
+    paths = []
+    for name, numbers in (("train", range(6)), ("helpful-test", range(10, 13)), ("harmless-test", range(20, 24))):
+        paths.append(tmp_path / f"{name}.jsonl.gz")
+        with gzip.open(paths[-1], "wt") as file:
+            file.write(rows(numbers))
+    call = arguments(
+        chat_model,
+        (paths[0], paths[1]),
+        tmp_path,
+        "--max_steps",
+        2,
+        "--config",
+        ROOT / "configs/reward_hh_harmless.yaml",
+    )
+    call.insert(call.index(str(paths[1])) + 1, str(paths[2]))
+    summary = main(call)
+    assert (summary["train_pairs"], summary["unrated"], summary["test_unrated"]) == (6, 6, 7)
+    assert sorted(cell["count"] for cell in summary["by_source"].values()) == [3, 4]
+    assert summary["by_rating"] == {}
+    assert summary["ceiling"] is None
+
+
+def test_long_pairs_are_set_aside_until_they_are_too_many(chat_model, files, tmp_path):
+    rows = [preference(i) for i in range(30)] + [preference(30, chosen=[message("assistant", "x" * 300)])]
+    write(files[0], rows)
+    call = arguments(chat_model, files, tmp_path, "--max_steps", 1, "--max_length", 100)
+    assert main(call)["too_long"] == 1
+    (refused,) = jsonl(tmp_path / "run" / "too-long-train.jsonl")
+    assert "max_length is 100" in refused["reason"]
+    with pytest.raises(UserError, match="1 of 31 train pairs do not fit 100 tokens"):
+        main([*call, "--max_reject_share", "0.01"])
+
+
+@pytest.mark.parametrize(
+    ("flags", "message_part"),
+    [
+        (["--objective", "honesty"], "objective: must be one of helpfulness, safety"),
+        (["--margin", "huge"], "margin: must be one of none, small, large"),
+        (["--margin_table", "1", "2"], "margin_table needs 4 values"),
+        (["--mix_weights", "1", "2"], "mix_weights: 2 weights for 1 train_files"),
+        (["--learning_rat", "1"], "learning_rate"),
+        (["--model_name_or_path", "no/such/folder"], "no/such/folder"),
+        (["--train_files", "no_such_file.jsonl"], "no_such_file.jsonl"),
+    ],
+)
+def test_mistakes_are_named(chat_model, files, tmp_path, flags, message_part):
+    with pytest.raises(UserError, match=message_part):
+        main([*arguments(chat_model, files, tmp_path), *flags])
+
+
+def test_safety_loss_needs_safety_labels(chat_model, files, tmp_path):
+    rows = [preference(i) for i in range(8)]
+    for row in rows:
+        del row["safety"]
+    write(files[0], rows)
+    with pytest.raises(UserError, match="no training row has a `safety` field"):
+        main([*arguments(chat_model, files, tmp_path), "--objective", "safety"])
+
+
+def test_bad_rows_stop_the_run_before_training(chat_model, files, tmp_path):
+    write(files[0], [preference(i) for i in range(6)] + [preference(7, rating="great")])
+    with pytest.raises(UserError, match="max_reject_share"):
+        main(arguments(chat_model, files, tmp_path))
+
+
+@pytest.mark.parametrize("objective", ["helpfulness", "safety"])
+def test_llama2_configs_carry_the_numbers_of_the_paper(objective):
+    path = str(ROOT / f"configs/llama2_7b_reward_{objective}.yaml")
+    settings, model, _ = cli.parse(RewardSettings, ModelSettings, RunSettings, args=["--config", path])
+    assert settings.per_device_train_batch_size * settings.gradient_accumulation_steps == 512
+    assert (settings.learning_rate, settings.min_lr_rate, settings.warmup_ratio) == (1e-5, 0.1, 0.03)
+    assert (settings.adam_beta1, settings.adam_beta2, settings.adam_epsilon) == (0.9, 0.95, 1e-5)
+    assert (settings.weight_decay, settings.max_grad_norm, settings.num_train_epochs) == (0.1, 1.0, 1)
+    assert settings.min_warmup_steps == 5
+    assert settings.safety_weight == (1.0 if objective == "safety" else 0.0)
+    assert model.use_peft
