@@ -1,0 +1,84 @@
+"""Settings of PPO. Defaults are Llama 2's (paper 3.2.3; recipe sheet 5) and, where the paper is silent, recipe sheet 10."""
+
+from dataclasses import dataclass, field
+
+from configs.errors import UserError
+
+
+@dataclass(kw_only=True)
+class PPOSettings:
+    """Models, data, objective and optimisation of one PPO run."""
+
+    prompt_files: list[str] = field(default_factory=list, metadata={"help": "Prompt files; rows carry `is_safety`."})
+    eval_prompt_file: str | None = field(default=None, metadata={"help": "Held-out prompts; none: no evaluation."})
+    helpfulness_model_path: str = field(default="", metadata={"help": "Folder of the helpfulness reward model."})
+    safety_model_path: str = field(default="", metadata={"help": "Folder of the safety reward model."})
+    reference_model: str = field(
+        default="start",
+        metadata={"help": "pi_0 of Eq. 4: `start` (the policy at the start) or `sft` (sft_model_path)."},
+    )
+    sft_model_path: str | None = field(default=None, metadata={"help": "The SFT model, for reference_model: sft."})
+    value_model: str = field(
+        default="helpfulness", metadata={"help": "What the value model starts from: `helpfulness` or `policy`."}
+    )
+    max_prompt_tokens: int = field(default=1024, metadata={"help": "Longer prompts are refused by the reader."})
+    max_new_tokens: int = field(default=512, metadata={"help": "Longest response, in tokens."})
+    temperature: float = field(default=1.0, metadata={"help": "Of sampling, and so of the policy that is trained."})
+
+    total_iterations: int = field(default=200, metadata={"help": "Iterations; the paper ran 200 to 400."})
+    batch_size: int = field(default=512, metadata={"help": "Responses an iteration, over all processes."})
+    mini_batch_size: int = field(default=64, metadata={"help": "Responses a gradient step, over all processes."})
+    ppo_epochs: int = field(default=1, metadata={"help": "Passes over an iteration's responses; the paper's is 1."})
+    token_budget: int = field(default=8192, metadata={"help": "Tokens of a micro-batch, padding included."})
+    learning_rate: float = field(default=1e-6, metadata={"help": "Constant learning rate of the policy."})
+    value_learning_rate: float = field(default=9e-6, metadata={"help": "Constant learning rate of the value model."})
+    weight_decay: float = field(default=0.1, metadata={"help": "AdamW weight decay, of matrices only."})
+    adam_beta1: float = field(default=0.9, metadata={"help": "AdamW beta1."})
+    adam_beta2: float = field(default=0.95, metadata={"help": "AdamW beta2."})
+    adam_epsilon: float = field(default=1e-5, metadata={"help": "AdamW epsilon."})
+    max_grad_norm: float = field(default=1.0, metadata={"help": "Clip of the policy's and the value model's gradient."})
+    gradient_checkpointing: bool = field(default=False, metadata={"help": "Recompute activations: less memory."})
+    recompute_logprobs: bool = field(
+        default=False,
+        metadata={"help": "Old log-probs from the trained model instead of the sampler's (one pass more)."},
+    )
+
+    kl_coef: float = field(default=0.01, metadata={"help": "beta of Eq. 4; the paper: 0.01 to 13B, 0.005 above."})
+    safety_threshold: float = field(default=0.15, metadata={"help": "R_s below which safety decides the reward."})
+    missing_eos_penalty: float = field(
+        default=0.0, metadata={"help": "Taken from the raw combined score of a response cut off by max_new_tokens."}
+    )
+    clip_range: float = field(default=0.2, metadata={"help": "Clip of the probability ratio."})
+    value_clip_range: float = field(default=0.2, metadata={"help": "Clip of the value's move; 0: off."})
+    value_coef: float = field(default=0.1, metadata={"help": "Weight of the value loss."})
+    gamma: float = field(default=1.0, metadata={"help": "Discount of GAE."})
+    gae_lambda: float = field(default=0.95, metadata={"help": "lambda of GAE."})
+    whiten_advantages: bool = field(default=True, metadata={"help": "Whiten advantages over the iteration's tokens."})
+
+    eval_steps: int = field(default=10, metadata={"help": "Iterations between held-out evaluations."})
+    eval_prompts: int = field(default=256, metadata={"help": "Held-out prompts used, from the top of the file."})
+    save_best: bool = field(
+        default=False, metadata={"help": "Keep the policy with the best held-out reward - beta * KL as the result."}
+    )
+    max_kl_nats: float | None = field(
+        default=None, metadata={"help": "Stop when the mean KL to the reference, in nats a response, passes this."}
+    )
+    save_steps: int = field(default=0, metadata={"help": "Iterations between checkpoints; 0: none."})
+    num_samples: int = field(default=4, metadata={"help": "Decoded responses written at each logging step."})
+
+    def __post_init__(self) -> None:
+        if self.reference_model not in ("sft", "start"):
+            raise UserError(f"reference_model: {self.reference_model!r} is neither `sft` nor `start`")
+        if self.value_model not in ("helpfulness", "policy"):
+            raise UserError(f"value_model: {self.value_model!r} is neither `helpfulness` nor `policy`")
+        if self.reference_model == "sft" and not self.sft_model_path:
+            raise UserError("reference_model: sft needs sft_model_path")
+        if self.batch_size % self.mini_batch_size:
+            raise UserError(
+                f"batch_size {self.batch_size} is not a multiple of mini_batch_size {self.mini_batch_size}: some"
+                " responses would be sampled and never trained on"
+            )
+        if self.temperature <= 0:
+            raise UserError(f"temperature: {self.temperature} gives no distribution to train")
+        if self.save_best and not self.eval_prompt_file:
+            raise UserError("save_best needs eval_prompt_file: without held-out prompts there is no best")

@@ -1,0 +1,116 @@
+"""Training state on disk: whole or not at all, and without pickle.
+
+A checkpoint is a folder `checkpoint-<step>` with the trained weights of each model, the optimizer's tensors (both
+safetensors) and `state.json` (random generators, counters). It is written beside its final name and renamed once
+complete, so a kill at any moment leaves the previous one. Weights that are not trained are not stored: they are loaded
+from the run's settings again.
+"""
+
+import json
+import os
+import random
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+
+def save_checkpoint(
+    folder: str | Path,
+    step: int,
+    models: Mapping[str, nn.Module],
+    optimizer: torch.optim.Optimizer,
+    state: Mapping[str, Any],
+) -> Path:
+    """Write `folder/checkpoint-<step>` and drop older ones. `state` is JSON; the random generators are added to it."""
+    final = Path(folder) / f"checkpoint-{step}"
+    partial = Path(folder) / f".checkpoint-{step}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    for name, model in models.items():
+        weights = {key: p.detach().contiguous() for key, p in model.named_parameters() if p.requires_grad}
+        save_file(weights, partial / f"{name}.safetensors")
+    tensors = {
+        f"{index}.{key}": value.contiguous()
+        for index, moments in optimizer.state_dict()["state"].items()
+        for key, value in moments.items()
+    }
+    save_file(tensors, partial / "optimizer.safetensors")
+    (partial / "state.json").write_text(
+        json.dumps({"step": step, **state, "random": random_states()}), encoding="utf-8"
+    )
+    for path in partial.iterdir():
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+    shutil.rmtree(final, ignore_errors=True)
+    os.replace(partial, final)
+    for other in _checkpoints(folder):
+        if other != final:
+            shutil.rmtree(other)
+    return final
+
+
+def load_checkpoint(
+    folder: str | Path, models: Mapping[str, nn.Module], optimizer: torch.optim.Optimizer
+) -> dict[str, Any] | None:
+    """Put the newest checkpoint under `folder` into models, optimizer and random generators; its state, or None."""
+    found = _checkpoints(folder)
+    if not found:
+        return None
+    path = found[-1]
+    for name, model in models.items():
+        stored = load_file(path / f"{name}.safetensors")
+        trained = {key: p for key, p in model.named_parameters() if p.requires_grad}
+        if stored.keys() != trained.keys():
+            raise ValueError(f"{path}: {name} holds other weights than this run trains")
+        with torch.no_grad():
+            for key, parameter in trained.items():
+                parameter.copy_(stored[key])
+    moments: dict[int, dict[str, Tensor]] = {}
+    for key, value in load_file(path / "optimizer.safetensors").items():
+        index, name = key.split(".", 1)
+        moments.setdefault(int(index), {})[name] = value
+    optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
+    state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+    set_random_states(state.pop("random"))
+    return state
+
+
+def latest_step(folder: str | Path) -> int:
+    """The step of the newest complete checkpoint under `folder`; 0 where there is none."""
+    found = _checkpoints(folder)
+    return int(found[-1].name.split("-")[1]) if found else 0
+
+
+def random_states() -> dict[str, Any]:
+    """The states of the Python, NumPy and torch generators, as JSON."""
+    _, keys, position, has_gauss, gauss = np.random.get_state()
+    return {
+        "python": random.getstate(),
+        "numpy": [keys.tolist(), position, has_gauss, gauss],
+        "torch": torch.get_rng_state().tolist(),
+        "cuda": [s.tolist() for s in torch.cuda.get_rng_state_all()] if torch.cuda.is_available() else [],
+    }
+
+
+def set_random_states(states: Mapping[str, Any]) -> None:
+    """The inverse of `random_states`."""
+    version, internal, gauss = states["python"]
+    random.setstate((version, tuple(internal), gauss))
+    keys, position, has_gauss, cached = states["numpy"]
+    np.random.set_state(("MT19937", np.array(keys, dtype=np.uint32), position, has_gauss, cached))
+    torch.set_rng_state(torch.tensor(states["torch"], dtype=torch.uint8))
+    if torch.cuda.is_available() and len(states["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all([torch.tensor(s, dtype=torch.uint8) for s in states["cuda"]])
+
+
+def _checkpoints(folder: str | Path) -> list[Path]:
+    """Complete checkpoints, oldest first."""
+    found = [p for p in Path(folder).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name)]
+    return sorted(found, key=lambda p: int(p.name.split("-")[1]))

@@ -1,0 +1,265 @@
+"""PPO against the piecewise safety/helpfulness reward with a KL penalty (paper 3.2.3, Eqs. 3-4; recipe sheet 5, 10).
+
+    accelerate launch rlhf/ppo.py --config configs/llama2_7b_ppo.yaml --output_dir runs/ppo
+    accelerate launch --num_processes 8 rlhf/ppo.py --config configs/llama2_7b_ppo.yaml --output_dir runs/ppo
+
+An iteration: sample a response to each prompt; R_c = R_s on prompts tagged safety or where R_s < 0.15, else R_h; undo
+its sigmoid, whiten over the iteration; subtract beta * KL to a frozen pi_0; GAE; one clipped step a mini-batch.
+
+Where the paper is silent (recipe sheet 10 has the sources):
+1. pi_0 is the policy at the start of this run (`reference_model: start`) or the SFT model (`sft`).
+2. The value model is a network of its own, started from the helpfulness reward model. Its head reads raw scores, the
+   rewards are whitened, so its output is put on their scale with the first iteration's mean and deviation.
+3. Advantages are whitened over the iteration; rewards are not whitened a second time.
+4. Held-out prompts are sampled every `eval_steps` with the same seeds each time. A policy's figure of merit is
+   (R_c - mean_0) / std_0 - beta * KL with the starting policy's mean_0 and std_0: Eq. 4 in units that stay put.
+"""
+
+import random
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+if __package__ in (None, ""):  # launched by path, Python puts rlhf/ first: `import reward` would fail
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from rlhf import cli  # noqa: I001  (first: it switches off telemetry before other libraries are imported)
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from tqdm import tqdm
+
+from configs.chat import load_chat_format
+from configs.errors import UserError
+from configs.model_settings import ModelSettings, RunSettings
+from configs.ppo_settings import PPOSettings
+from configs.records import read_prompts
+from rlhf.advantages import explained_variance
+from rlhf.checkpoint import latest_step, load_checkpoint, save_checkpoint
+from rlhf.draw import sample_seeds
+from rlhf.models import data_fingerprint, load_tokenizer, model_card, save_policy
+from rlhf.roles import load_roles
+from rlhf.rollout import Prompt, Rollout, advantages_and_returns, collect
+from rlhf.run import RunFolder
+from rlhf.update import make_optimizer, update
+
+EVALUATION = 2**31  # added to the seed of held-out sampling: never the seed of an iteration
+
+
+def read(files: Sequence[str], ppo: PPOSettings, chat_format: Any, folder: str) -> list[Prompt]:
+    """Prompts of all files, encoded once."""
+    options = {"reject_file": str(Path(folder) / "rejected.jsonl"), "chat_format": chat_format,
+               "max_prompt_tokens": ppo.max_prompt_tokens}  # fmt: skip
+    rows = [row for path in files for row in read_prompts(path, **options).rows]
+    return [Prompt(row["prompt"], chat_format.encode_prompt(row["prompt"]), bool(row["is_safety"])) for row in rows]
+
+
+def prompts_of(step: int, prompts: Sequence[Prompt], batch_size: int, seed: int) -> list[Prompt]:
+    """The prompts of iteration `step`: pass after pass over all prompts, each in its own order. Needs no state."""
+    batch: list[Prompt] = []
+    for position in range(step * batch_size, (step + 1) * batch_size):
+        epoch, place = divmod(position, len(prompts))
+        if not batch or place == 0:
+            order = random.Random(f"{seed}/{epoch}").sample(range(len(prompts)), len(prompts))
+        batch.append(prompts[order[place]])
+    return batch
+
+
+class Run:
+    """What an iteration needs and what it changes. `state` is all that outlives an iteration besides weights."""
+
+    def __init__(self, ppo: PPOSettings, model_settings: ModelSettings, run: RunSettings, folder: RunFolder):
+        self.ppo, self.settings, self.folder = ppo, run, folder
+        self.accelerator = Accelerator(cpu=run.use_cpu or not torch.cuda.is_available())
+        self.share = ppo.batch_size // self.accelerator.num_processes
+        if self.share * self.accelerator.num_processes != ppo.batch_size:
+            raise UserError(
+                f"batch_size {ppo.batch_size} is not a multiple of {self.accelerator.num_processes} processes"
+            )
+        set_seed(run.seed)
+        self.tokenizer = load_tokenizer(model_settings.model_name_or_path)
+        self.chat_format = load_chat_format(self.tokenizer, model_settings.chat_format)
+        self.prompts = read(ppo.prompt_files, ppo, self.chat_format, run.output_dir)
+        held_out = [ppo.eval_prompt_file] if ppo.eval_prompt_file else []
+        self.held_out = read(held_out, ppo, self.chat_format, run.output_dir)[: ppo.eval_prompts]
+        if not self.prompts:
+            raise UserError("prompt_files: no prompts to sample from")
+        self.roles = load_roles(ppo, model_settings, self.tokenizer, self.accelerator.device, run.seed)
+        self.optimizer = make_optimizer(self.roles, ppo)
+        self.models = {"policy": self.roles.policy, "value": self.roles.value}
+        self.state: dict[str, Any] = {"step": 0, "skipped": 0, "best": None, "unit": None, "value_unit": None}
+        self.folder_path = Path(run.output_dir)
+
+    def sample(self, prompts: Sequence[Prompt], seed: int, with_values: bool = True) -> Rollout:
+        """This process's share of the responses; seeds belong to prompts, so processes do not change them."""
+        rank, processes = self.accelerator.process_index, self.accelerator.num_processes
+        size = -(-len(prompts) // processes)
+        own = list(prompts[rank * size : (rank + 1) * size]) or [prompts[0]]
+        seeds = sample_seeds(seed, len(own), first=rank * size)
+        return collect(self.roles, own, self.ppo, self.chat_format, self.tokenizer.pad_token_id, seeds,
+                       self.accelerator.device, with_values)  # fmt: skip
+
+    def mean(self, *columns: torch.Tensor) -> list[float]:
+        """Means of [B] tensors over the responses of all processes."""
+        stacked = torch.stack([c.float().to(self.accelerator.device) for c in columns], 1)
+        return self.accelerator.gather(stacked).mean(0).tolist()
+
+    def iterate(self, step: int) -> dict[str, float]:
+        """One iteration of PPO; its figures."""
+        begin = time.perf_counter()
+        seed = self.settings.seed * 1_000_003 + step
+        rollout = self.sample(prompts_of(step, self.prompts, self.ppo.batch_size, self.settings.seed), seed)
+        rollout = self.put_values_on_scale(rollout)
+        advantages_BR, returns_BR = advantages_and_returns(rollout, self.ppo, self.accelerator)
+        collected = time.perf_counter()
+        figures, self.state["skipped"] = update(
+            self.roles, self.optimizer, rollout, advantages_BR, returns_BR, self.ppo, self.accelerator, seed,
+            self.state["skipped"],
+        )  # fmt: skip
+        done = time.perf_counter()
+        mask_BR = rollout.sequences.response_mask_BR
+        tokens = sum(rollout.sequences.lengths) * self.accelerator.num_processes
+        if (step + 1) % self.settings.logging_steps == 0:
+            self.folder.samples(step + 1, self.decoded(rollout)[: self.ppo.num_samples])
+        return {
+            **self.figures(rollout),
+            **figures,
+            "value/explained_variance": float(explained_variance(rollout.values_BR, returns_BR, mask_BR)),
+            **{f"time/{name}": seconds for name, seconds in rollout.seconds.items()},
+            "time/update": done - collected,
+            "time/iteration": done - begin,
+            "time/tokens_per_second": tokens / (done - begin),
+        }
+
+    def put_values_on_scale(self, rollout: Rollout) -> Rollout:
+        """On the first iteration, the affine map of the module docstring, point 2; it then stays."""
+        if self.state["value_unit"] is not None or self.ppo.value_model != "helpfulness":
+            return rollout
+        scores = self.accelerator.gather(rollout.scores_B.to(self.accelerator.device))
+        shift, scale = float(scores.mean()), float(scores.std(unbiased=False).clamp(min=1e-3))
+        self.state["value_unit"] = [shift, scale]
+        self.roles.value_shift, self.roles.value_scale = shift, scale
+        values_BR = (rollout.values_BR - shift) / scale
+        return replace(rollout, values_BR=torch.where(rollout.sequences.response_mask_BR, values_BR, 0.0))
+
+    def figures(self, rollout: Rollout) -> dict[str, float]:
+        """Rewards, KL and lengths of a rollout, as means over responses."""
+        names = ("reward/combined", "reward/helpfulness", "reward/safety", "reward/safety_decides", "policy/kl",
+                 "response/tokens", "response/stopped")  # fmt: skip
+        lengths_B = rollout.sequences.response_mask_BR.sum(1)
+        return dict(zip(names, self.mean(
+            rollout.scores_B, rollout.r_helpfulness_B, rollout.r_safety_B, rollout.safety_decides_B,
+            rollout.kl_BR.sum(1), lengths_B, rollout.stopped_B,
+        ), strict=True))  # fmt: skip
+
+    def decoded(self, rollout: Rollout) -> list[dict[str, Any]]:
+        """Readable responses with their scores and KL: the first place where reward hacking shows."""
+        kl_B = rollout.kl_BR.sum(1).tolist()
+        return [
+            {
+                "prompt": prompt.messages,
+                "response": self.chat_format.decode_response(response),
+                "is_safety": prompt.is_safety,
+                "reward_helpfulness": float(rollout.r_helpfulness_B[i]),
+                "reward_safety": float(rollout.r_safety_B[i]),
+                "reward_combined": float(rollout.scores_B[i]),
+                "kl_nats": kl_B[i],
+            }
+            for i, (prompt, response) in enumerate(zip(rollout.prompts, rollout.responses, strict=True))
+        ]
+
+    def evaluate(self, step: int) -> dict[str, float]:
+        """Held-out figures of the policy as it is; with `save_best`, keeps it where it is the best so far."""
+        rollout = self.sample(self.held_out, self.settings.seed + EVALUATION, with_values=False)
+        figures = {f"eval/{name.split('/')[1]}": value for name, value in self.figures(rollout).items()}
+        scores = self.accelerator.gather(rollout.scores_B.to(self.accelerator.device))
+        if self.state["unit"] is None:
+            self.state["unit"] = [float(scores.mean()), float(scores.std(unbiased=False).clamp(min=1e-3))]
+        mean, deviation = self.state["unit"]
+        objective = (figures["eval/combined"] - mean) / deviation - self.ppo.kl_coef * figures["eval/kl"]
+        best = self.state["best"]
+        if best is None or objective > best["objective"]:
+            self.state["best"] = {"step": step, "objective": objective, **figures}
+            if self.ppo.save_best:
+                self.save_model("best", self.state["best"])
+        return {**figures, "eval/objective": objective}
+
+    def save_model(self, name: str, results: dict[str, Any]) -> None:
+        """Write the policy to `output_dir/name`, whole or not at all."""
+        if self.accelerator.is_main_process:
+            files = [*self.ppo.prompt_files, *([self.ppo.eval_prompt_file] if self.ppo.eval_prompt_file else [])]
+            card = model_card("ppo", self.folder.settings, {f: data_fingerprint(f) for f in files}, results)
+            partial = save_policy(self.roles.policy, self.tokenizer, self.folder_path / f".{name}.partial", card)
+            replace_folder(partial, self.folder_path / name)
+        self.accelerator.wait_for_everyone()
+
+    def resume(self) -> int:
+        """Continue from the newest checkpoint, if there is one; the number of finished iterations."""
+        state = load_checkpoint(self.folder_path, self.models, self.optimizer) if self.settings.resume else None
+        if state is not None:
+            self.state = state
+            self.roles.value_shift, self.roles.value_scale = state["value_unit"] or (0.0, 1.0)
+        return self.state["step"]
+
+    def checkpoint(self, step: int) -> None:
+        """Save everything that shapes the iterations to come."""
+        self.state["step"] = step
+        if self.accelerator.is_main_process:
+            save_checkpoint(self.folder_path, step, self.models, self.optimizer, self.state)
+        self.accelerator.wait_for_everyone()
+
+
+def replace_folder(partial: Path, final: Path) -> None:
+    """Put a finished folder in the place of an older one."""
+    import shutil
+
+    shutil.rmtree(final, ignore_errors=True)
+    partial.rename(final)
+
+
+def main(args: list[str] | None = None) -> dict[str, Any]:
+    """Run PPO; returns the summary that is also `output_dir/summary.json`. The policy is `output_dir/model`."""
+    ppo, model_settings, run_settings = cli.parse(PPOSettings, ModelSettings, RunSettings, args=args)
+    settings = {**asdict(ppo), **asdict(model_settings), **asdict(run_settings)}
+    if done := RunFolder.completed(run_settings.output_dir, settings):
+        return done
+    begin = time.perf_counter()
+    resume_step = latest_step(run_settings.output_dir) if run_settings.resume else 0
+    folder = RunFolder(run_settings.output_dir, settings, "ppo", resume_step)
+    run = Run(ppo, model_settings, run_settings, folder)
+    first = run.resume()
+    if first == 0 and run.held_out:
+        folder.log(0, run.evaluate(0))
+
+    step, stopped_by = first, "total_iterations"
+    figures: dict[str, float] = {}
+    for step in tqdm(range(first + 1, ppo.total_iterations + 1), desc="ppo", initial=first, total=ppo.total_iterations,
+                     disable=not run.accelerator.is_main_process):  # fmt: skip
+        figures = run.iterate(step - 1)
+        over_cap = ppo.max_kl_nats is not None and figures["policy/kl"] > ppo.max_kl_nats
+        if run.held_out and (step % ppo.eval_steps == 0 or step == ppo.total_iterations or over_cap):
+            figures |= run.evaluate(step)
+        if step % run_settings.logging_steps == 0 or step == ppo.total_iterations or "eval/objective" in figures:
+            folder.log(step, figures)
+        if ppo.save_steps and step % ppo.save_steps == 0:
+            run.checkpoint(step)
+        if over_cap:
+            stopped_by = "max_kl_nats"
+            break
+
+    summary = {"iterations": step, "stopped_by": stopped_by, "best": run.state["best"], **figures}
+    if ppo.save_best:
+        replace_folder(run.folder_path / "best", run.folder_path / "model")
+    else:
+        run.save_model("model", figures)
+    summary["seconds"] = time.perf_counter() - begin
+    run.accelerator.wait_for_everyone()
+    return folder.finish(summary)
+
+
+if __name__ == "__main__":
+    cli.entry(main)

@@ -1,0 +1,185 @@
+"""The five roles of PPO behind one interface: policy, reference, value, helpfulness and safety reward model.
+
+The loop asks for log-probs and values of token sequences and does not know what stands behind them: full fine-tuning
+holds five models; under LoRA with `reference_model: start` the reference is the policy with its adapter switched off.
+
+Axes: B sequences (prompt + response, padded on the right), T tokens, R response tokens, M rows of a micro-batch, N
+response tokens of a micro-batch laid end to end, row after row.
+"""
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import AutoTokenizer
+
+from configs.errors import UserError
+from configs.model_settings import ModelSettings
+from configs.ppo_settings import PPOSettings
+from reward.model import add_lora, create_reward_model, load_reward_model
+from reward.scorer import batches_by_budget, pad_right
+from rlhf.losses import token_logprobs
+from rlhf.models import load_policy, resolve_dtype
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """Prompts with their responses, as ids. `predicts_BT` is True where the *next* token is a response token."""
+
+    ids_BT: Tensor
+    lengths: list[int]
+    predicts_BT: Tensor
+    response_mask_BR: Tensor
+
+    @classmethod
+    def build(cls, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], device: Any) -> "Sequences":
+        """Example: prompt 5 6, response 7 8 -> ids 5 6 7 8, predicts F T T F, response_mask T T."""
+        ids_BT, _ = pad_right([[*p, *r] for p, r in zip(prompts, responses, strict=True)], pad_id=0)
+        ends_B = torch.tensor([len(p) + len(r) for p, r in zip(prompts, responses, strict=True)])
+        starts_B = torch.tensor([len(p) for p in prompts])
+        place_T = torch.arange(ids_BT.shape[1])
+        predicts_BT = (place_T >= starts_B[:, None] - 1) & (place_T < ends_B[:, None] - 1)
+        width = max(len(r) for r in responses)
+        mask_BR = torch.arange(width) < (ends_B - starts_B)[:, None]
+        return cls(ids_BT.to(device), ends_B.tolist(), predicts_BT.to(device), mask_BR.to(device))
+
+    def micro_batches(self, rows: Sequence[int], token_budget: int) -> list[Tensor]:
+        """`rows` split into groups of similar length whose padded size fits the budget."""
+        groups = batches_by_budget([self.lengths[row] for row in rows], token_budget)
+        return [torch.tensor([rows[i] for i in group], device=self.ids_BT.device) for group in groups]
+
+    def hidden(self, decoder: nn.Module, rows_M: Tensor) -> tuple[Tensor, Tensor]:
+        """Hidden states before each response token [N, D], and those tokens [N].
+
+        No attention mask: under a causal model nothing looks right, so padding on the right changes no real token,
+        and SDPA takes its fast causal path.
+        """
+        width = max(self.lengths[row] for row in rows_M.tolist())
+        ids_MT, predicts_MT = self.ids_BT[rows_M, :width], self.predicts_BT[rows_M, :width]
+        hidden_MTD = decoder(input_ids=ids_MT, use_cache=False).last_hidden_state
+        return hidden_MTD[predicts_MT], ids_MT.roll(-1, 1)[predicts_MT]
+
+    def flat(self, x_BR: Tensor, rows_M: Tensor) -> Tensor:
+        """The response tokens of some rows laid end to end, in the order of `hidden`: [B, R] -> [N]."""
+        return x_BR[rows_M][self.response_mask_BR[rows_M]]
+
+    def scatter(self, parts: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+        """The inverse of `flat` over (rows_M, x_N) of all micro-batches; 0 at padding: -> [B, R] float32."""
+        x_BR = torch.zeros(self.response_mask_BR.shape, device=self.ids_BT.device)
+        for rows_M, x_N in parts:
+            x_MR = torch.zeros(len(rows_M), x_BR.shape[1], device=x_BR.device)
+            x_MR[self.response_mask_BR[rows_M]] = x_N.float()
+            x_BR[rows_M] = x_MR
+        return x_BR
+
+
+def unwrap(model: Any) -> Any:
+    """The Hugging Face model inside a PEFT wrapper (its layers carry the adapter), or the model itself."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+@dataclass
+class Roles:
+    """What the loop needs of the five models. `reference` None: the policy without its adapter."""
+
+    policy: Any
+    reference: Any
+    value: Any
+    helpfulness: Any
+    safety: Any
+    temperature: float = 1.0
+    value_shift: float = 0.0  # V = (head - shift) / scale: puts a reward model's head on the scale of whitened scores
+    value_scale: float = 1.0
+
+    def policy_logprobs(
+        self, sequences: Sequences, rows_M: Tensor, entropy: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """log pi of the response tokens [N] (at the sampling temperature), with gradient; and the entropy [N]."""
+        return self._logprobs(self.policy, sequences, rows_M, entropy)
+
+    @torch.no_grad()
+    def reference_logprobs(self, sequences: Sequences, rows_M: Tensor) -> Tensor:
+        """log pi_0 of the response tokens, [N]."""
+        if self.reference is not None:
+            return self._logprobs(self.reference, sequences, rows_M, False)[0]
+        with self.policy.disable_adapter():
+            return self._logprobs(self.policy, sequences, rows_M, False)[0]
+
+    def values(self, sequences: Sequences, rows_M: Tensor) -> Tensor:
+        """V before each response token, [N] float32, with gradient."""
+        model = unwrap(self.value)
+        hidden_ND, _ = sequences.hidden(getattr(model, model.base_model_prefix), rows_M)
+        with torch.autocast(hidden_ND.device.type, enabled=False):
+            return (model.score(hidden_ND.float())[:, 0] - self.value_shift) / self.value_scale
+
+    def _logprobs(
+        self, model: Any, sequences: Sequences, rows_M: Tensor, entropy: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        causal = unwrap(model)
+        hidden_ND, targets_N = sequences.hidden(getattr(causal, causal.base_model_prefix), rows_M)
+        head_VD = causal.get_output_embeddings().weight
+        return token_logprobs(hidden_ND, head_VD, targets_N, self.temperature, entropy)
+
+
+def load_roles(ppo: PPOSettings, model_settings: ModelSettings, tokenizer: Any, device: Any, seed: int) -> Roles:
+    """Load the models that `ppo` names onto `device`; policy and value model trainable, the others frozen."""
+    for field in ("helpfulness_model_path", "safety_model_path"):
+        if not getattr(ppo, field):
+            raise UserError(f"{field}: name the folder of that reward model")
+        _check_same_tokenizer(tokenizer, field, getattr(ppo, field))
+    model_settings = replace(model_settings, lora_dropout=0.0)  # dropout: pi and pi_old would differ before any step
+    policy = load_policy(model_settings)
+    _check_plain_head(policy)
+    if ppo.reference_model == "sft":
+        _check_same_tokenizer(tokenizer, "sft_model_path", str(ppo.sft_model_path))
+        reference = load_policy(replace(model_settings, model_name_or_path=ppo.sft_model_path), trainable=False)
+    else:
+        reference = None if model_settings.use_peft else load_policy(model_settings, trainable=False)
+
+    frozen, trained = resolve_dtype(model_settings, trainable=False), resolve_dtype(model_settings, trainable=True)
+    attention = model_settings.attn_implementation
+    helpfulness = load_reward_model(ppo.helpfulness_model_path, frozen, attention)
+    safety = load_reward_model(ppo.safety_model_path, frozen, attention)
+    if ppo.value_model == "helpfulness":  # recipe sheet 10.2
+        value: Any = load_reward_model(ppo.helpfulness_model_path, trained, attention)
+    else:
+        value = create_reward_model(model_settings.model_name_or_path, tokenizer, trained, attention, seed)
+        nn.init.zeros_(value.score.weight)  # values of 0 before the first update, as whitened rewards average 0
+    if model_settings.use_peft:
+        lora = model_settings
+        value = add_lora(value, lora.lora_r, lora.lora_alpha, 0.0, lora.lora_target_modules)
+    if ppo.gradient_checkpointing:
+        for model in (policy, value):
+            unwrap(model).gradient_checkpointing_enable({"use_reentrant": False})
+            model.train()
+    for model in (helpfulness, safety):
+        model.requires_grad_(False)
+    models = (policy, reference, value, helpfulness, safety)
+    return Roles(*(model if model is None else model.to(device) for model in models), temperature=ppo.temperature)
+
+
+def _check_same_tokenizer(tokenizer: Any, field: str, path: str) -> None:
+    """Ids go from role to role as they are, so every role must read them alike."""
+    with contextlib.suppress(OSError, ValueError):
+        other = AutoTokenizer.from_pretrained(path).get_vocab()
+        ours = tokenizer.get_vocab()
+        if (
+            any(ours.get(token, index) != index for token, index in other.items())
+            or len(other.keys() ^ ours.keys()) > 1
+        ):
+            raise UserError(f"{field}: {path} has another tokenizer than the policy; ids cannot pass between them")
+
+
+def _check_plain_head(policy: Any) -> None:
+    """Log-probs are taken from hidden states times the head's weight; refuse models that do more than that."""
+    model = unwrap(policy)
+    config = model.config.get_text_config()
+    for name in ("final_logit_softcapping", "logit_scale", "logits_scaling", "output_multiplier", "lm_head_multiplier"):
+        if getattr(config, name, None) not in (None, 1.0):
+            raise UserError(f"model_name_or_path: PPO does not support models whose logits are rescaled ({name})")
+    if not isinstance(model.get_output_embeddings(), nn.Linear):
+        raise UserError("lora_target_modules: leave the output head out; PPO reads its weight directly")

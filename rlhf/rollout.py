@@ -1,0 +1,132 @@
+"""One iteration's responses with everything known about them before the update (paper 3.2.3, Eq. 4).
+
+Axes: B responses of this process, R response tokens (padded on the right), as in rlhf/roles.py.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from configs.chat import ChatFormat
+from configs.ppo_settings import PPOSettings
+from configs.sampling_settings import SamplingSettings
+from reward.combine import combined_reward, whiten
+from reward.scorer import score_ids
+from rlhf.advantages import gae, masked_whiten, moments, per_token_kl, place_rewards
+from rlhf.roles import Roles, Sequences
+from rlhf.sampler import sample
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt record, encoded once."""
+
+    messages: list[dict[str, str]]
+    ids: list[int]
+    is_safety: bool
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """Sampled responses. Log-probs are those of the sampling policy: pi_old of the clipped loss.
+
+    Example of one row: prompt `5 6`, response `7 8 2` (2 is the stop token), R = 4:
+    response_mask T T T F; logprobs[0] = log pi(7 | 5 6), values[0] = V(5 6); a score belongs to token 2.
+    """
+
+    prompts: Sequence[Prompt]
+    responses: Sequence[list[int]]
+    sequences: Sequences
+    stopped_B: Tensor  # bool: ended with a stop token, not cut off
+    logprobs_BR: Tensor
+    reference_logprobs_BR: Tensor
+    values_BR: Tensor
+    r_helpfulness_B: Tensor  # raw scores, float32
+    r_safety_B: Tensor
+    scores_B: Tensor  # logit(R_c) minus the missing-EOS penalty, not whitened
+    safety_decides_B: Tensor  # bool: the score is the safety model's
+    seconds: dict[str, float]
+
+    @property
+    def kl_BR(self) -> Tensor:
+        """Per-token KL (k1) to the reference in nats; its row sums are nats per response."""
+        return per_token_kl(self.logprobs_BR, self.reference_logprobs_BR, self.sequences.response_mask_BR)
+
+
+@torch.no_grad()
+def collect(
+    roles: Roles,
+    prompts: Sequence[Prompt],
+    ppo: PPOSettings,
+    chat_format: ChatFormat,
+    pad_id: int,
+    seeds: Sequence[int],
+    device: Any,
+    with_values: bool = True,
+) -> Rollout:
+    """Sample one response a prompt from the policy, score it with both reward models, add log-probs and values.
+
+    `seeds` has one number a prompt: a response depends on its own, not on the batch or process that computes it. The
+    reward models get the sampled ids themselves, never re-encoded text.
+    """
+    clock = {"start": time.perf_counter()}
+    settings = SamplingSettings(temperature=ppo.temperature, top_p=1.0, top_k=0, max_new_tokens=ppo.max_new_tokens)
+    prompt_ids = [prompt.ids for prompt in prompts]
+    batch = sample(
+        roles.policy, prompt_ids, 1, settings, stop_ids=chat_format.stop_ids, pad_id=pad_id, seed=seeds, max_rows=1024
+    )
+    responses = batch.response_ids
+    clock["sample"] = time.perf_counter()
+
+    whole = [[*p, *r] for p, r in zip(prompt_ids, responses, strict=True)]
+    r_helpfulness_B = score_ids(roles.helpfulness, whole, ppo.token_budget)
+    r_safety_B = score_ids(roles.safety, whole, ppo.token_budget)
+    is_safety_B = torch.tensor([prompt.is_safety for prompt in prompts])
+    scores_B = combined_reward(r_safety_B, r_helpfulness_B, is_safety_B, ppo.safety_threshold)
+    safety_decides_B = is_safety_B | (scores_B != r_helpfulness_B)
+    stopped_B = torch.tensor([reason == "stop" for reason in batch.finish_reasons])
+    scores_B = scores_B - ppo.missing_eos_penalty * (~stopped_B).float()
+
+    sequences = Sequences.build(prompt_ids, responses, device)
+    micro_batches = sequences.micro_batches(range(len(prompts)), ppo.token_budget)
+
+    def over(function: Callable[[Tensor], Tensor]) -> Tensor:
+        return sequences.scatter([(rows_M, function(rows_M)) for rows_M in micro_batches])
+
+    if ppo.recompute_logprobs:
+        logprobs_BR = over(lambda rows_M: roles.policy_logprobs(sequences, rows_M)[0])
+    else:
+        logprobs_BR = torch.zeros(sequences.response_mask_BR.shape, device=device)
+        logprobs_BR[sequences.response_mask_BR] = torch.cat(
+            [torch.as_tensor(row, dtype=torch.float32) for row in batch.logprobs]
+        ).to(device)
+    reference_logprobs_BR = over(lambda rows_M: roles.reference_logprobs(sequences, rows_M))
+    values_BR = over(lambda rows_M: roles.values(sequences, rows_M)) if with_values else torch.zeros_like(logprobs_BR)
+    clock["score"] = time.perf_counter()
+    seconds = {"sample": clock["sample"] - clock["start"], "score": clock["score"] - clock["sample"]}
+    return Rollout(
+        prompts, responses, sequences, stopped_B, logprobs_BR, reference_logprobs_BR, values_BR, r_helpfulness_B,
+        r_safety_B, scores_B, safety_decides_B, seconds,
+    )  # fmt: skip
+
+
+def advantages_and_returns(rollout: Rollout, ppo: PPOSettings, accelerator: Any) -> tuple[Tensor, Tensor]:
+    """Eq. 4 for every response token: whitened score on the last one, minus beta * KL on each; then GAE. Both [B, R].
+
+    Scores and advantages are whitened over the whole iteration, over all processes.
+    """
+    mask_BR = rollout.sequences.response_mask_BR
+    all_scores = accelerator.gather(rollout.scores_B.to(mask_BR.device))
+    own = slice(
+        accelerator.process_index * len(rollout.prompts), (accelerator.process_index + 1) * len(rollout.prompts)
+    )
+    rewards_BR = place_rewards(whiten(all_scores)[own], rollout.kl_BR, mask_BR, ppo.kl_coef)
+    advantages_BR, returns_BR = gae(rewards_BR, rollout.values_BR, mask_BR, ppo.gamma, ppo.gae_lambda)
+    if ppo.whiten_advantages:
+        total = accelerator.reduce(moments(advantages_BR, mask_BR).to(mask_BR.device), "sum")
+        advantages_BR = masked_whiten(advantages_BR, mask_BR, total)
+    return advantages_BR, returns_BR

@@ -1,0 +1,158 @@
+"""The PPO update over one iteration's responses: one gradient step a mini-batch (paper 3.2.3; recipe sheet 5).
+
+Losses are sums divided by the response tokens of the whole mini-batch, over micro-batches and processes, so how a
+mini-batch is cut into micro-batches or spread over processes does not change the step.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from configs.errors import UserError
+from configs.ppo_settings import PPOSettings
+from rlhf.losses import policy_loss_sum, value_loss_sum
+from rlhf.roles import Roles
+from rlhf.rollout import Rollout
+
+MAX_SKIPPED_IN_A_ROW = 3
+
+
+def make_optimizer(roles: Roles, ppo: PPOSettings) -> torch.optim.Optimizer:
+    """AdamW over policy and value model, each with its learning rate; weight decay on matrices only."""
+    groups = []
+    for model, rate in ((roles.policy, ppo.learning_rate), (roles.value, ppo.value_learning_rate)):
+        trained = [p for p in model.parameters() if p.requires_grad]
+        groups.append({"params": [p for p in trained if p.ndim > 1], "lr": rate, "weight_decay": ppo.weight_decay})
+        groups.append({"params": [p for p in trained if p.ndim <= 1], "lr": rate, "weight_decay": 0.0})
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]],
+        betas=(ppo.adam_beta1, ppo.adam_beta2),
+        eps=ppo.adam_epsilon,
+        fused=True,
+    )
+
+
+def mini_batches(responses: int, ppo: PPOSettings, seed: int) -> Iterable[list[int]]:
+    """Global response indices of each mini-batch, every epoch in a new order; the same on every process."""
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(ppo.ppo_epochs):
+        order = torch.randperm(responses, generator=generator).tolist()
+        yield from (order[i : i + ppo.mini_batch_size] for i in range(0, responses, ppo.mini_batch_size))
+
+
+def update(
+    roles: Roles,
+    optimizer: torch.optim.Optimizer,
+    rollout: Rollout,
+    advantages_BR: Tensor,
+    returns_BR: Tensor,
+    ppo: PPOSettings,
+    accelerator: Any,
+    seed: int,
+    skipped_in_a_row: int = 0,
+) -> tuple[dict[str, float], int]:
+    """Take the iteration's gradient steps; returns its figures and how many steps in a row were skipped at its end.
+
+    A step whose loss or gradient is not finite is skipped: it would write NaN into every weight. Three in a row raise
+    UserError. Process r holds the responses r * B to (r + 1) * B - 1 of the iteration.
+    """
+    own = len(rollout.prompts)
+    first = accelerator.process_index * own
+    device = advantages_BR.device
+    sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), dtype=torch.float64, device=device))
+    parameters = [[p for p in model.parameters() if p.requires_grad] for model in (roles.policy, roles.value)]
+    steps = skipped = 0
+    for step, mini_batch in enumerate(mini_batches(own * accelerator.num_processes, ppo, seed)):
+        rows = [index - first for index in mini_batch if first <= index < first + own]
+        tokens = rollout.sequences.response_mask_BR[rows].sum()
+        tokens = accelerator.reduce(tokens, "sum").clamp(min=1)
+        stats = _backward(roles, rollout, rows, advantages_BR, returns_BR, tokens, ppo)
+        _sum_gradients(parameters, accelerator)
+        policy_norm, value_norm = (nn.utils.clip_grad_norm_(group, ppo.max_grad_norm) for group in parameters)
+        if torch.isfinite(policy_norm + value_norm):  # the one point of a step at which the device is waited for
+            optimizer.step()
+            skipped_in_a_row = 0
+            steps += 1
+            for name, value in stats.items():
+                sums[name] += value
+            sums["policy_norm"] += policy_norm
+            sums["value_norm"] += value_norm
+            if step == 0:
+                sums["first_ratio_error"] += stats["ratio_error"]
+                sums["first_tokens"] += stats["tokens"]
+        else:
+            skipped += 1
+            skipped_in_a_row += 1
+        optimizer.zero_grad(set_to_none=True)
+        if skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
+            raise UserError(
+                f"{skipped_in_a_row} gradient steps in a row were not finite. Lower learning_rate or value_learning_rate,"
+                " or check the reward models' scores; the last checkpoint is intact."
+            )
+    return _figures(sums, steps, skipped, accelerator), skipped_in_a_row
+
+
+def _backward(
+    roles: Roles,
+    rollout: Rollout,
+    rows: Sequence[int],
+    advantages_BR: Tensor,
+    returns_BR: Tensor,
+    tokens: Tensor,
+    ppo: PPOSettings,
+) -> dict[str, Tensor]:
+    """Add the gradient of this process's share of a mini-batch, micro-batch by micro-batch; returns sums to watch."""
+    sequences = rollout.sequences
+    sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), dtype=torch.float64, device=tokens.device))
+    for rows_M in sequences.micro_batches(rows, ppo.token_budget) if rows else []:
+        logprobs_N, entropy_N = roles.policy_logprobs(sequences, rows_M, entropy=True)
+        old_N, advantages_N = sequences.flat(rollout.logprobs_BR, rows_M), sequences.flat(advantages_BR, rows_M)
+        policy_loss, policy_stats = policy_loss_sum(logprobs_N, old_N, advantages_N, ppo.clip_range)
+        (policy_loss / tokens).backward()
+
+        values_N = roles.values(sequences, rows_M)
+        old_values_N, returns_N = sequences.flat(rollout.values_BR, rows_M), sequences.flat(returns_BR, rows_M)
+        value_loss, value_stats = value_loss_sum(values_N, old_values_N, returns_N, ppo.value_clip_range)
+        (ppo.value_coef * value_loss / tokens).backward()
+
+        for name, value in {**policy_stats, **value_stats}.items():
+            sums[name] += value
+        sums["policy_loss"] += policy_loss.detach()
+        sums["value_loss"] += value_loss.detach()
+        sums["entropy"] += entropy_N.sum()  # type: ignore[union-attr]
+        sums["tokens"] += len(old_N)
+    return sums
+
+
+def _sum_gradients(parameters: Sequence[Sequence[nn.Parameter]], accelerator: Any) -> None:
+    """Sum gradients over processes (the losses are sums over a global count, so the sum is the gradient)."""
+    if accelerator.num_processes == 1:
+        return
+    for parameter in (p for group in parameters for p in group):
+        gradient = parameter.grad if parameter.grad is not None else torch.zeros_like(parameter)
+        parameter.grad = accelerator.reduce(gradient, "sum")
+
+
+def _figures(sums: dict[str, Tensor], steps: int, skipped: int, accelerator: Any) -> dict[str, float]:
+    """Means over tokens of all processes, under the names of metrics.jsonl."""
+    norms = {f"optim/{name}": float(sums.pop(name)) / max(steps, 1) for name in ("policy_norm", "value_norm")}
+    names = sorted({"tokens", "first_tokens", "first_ratio_error", "policy_loss", "value_loss", "entropy", "clipped",
+                    "kl_old", "value_clipped"})  # fmt: skip
+    total = accelerator.reduce(torch.stack([sums[name] for name in names]).float(), "sum").tolist()
+    by_name = dict(zip(names, total, strict=True))
+    tokens = max(by_name["tokens"], 1.0)
+    return {
+        "loss/policy": by_name["policy_loss"] / tokens,
+        "loss/value": by_name["value_loss"] / tokens,
+        "policy/entropy": by_name["entropy"] / tokens,
+        "policy/clip_fraction": by_name["clipped"] / tokens,
+        "policy/kl_old": by_name["kl_old"] / tokens,
+        "policy/first_ratio_error": by_name["first_ratio_error"] / max(by_name["first_tokens"], 1.0),
+        "value/clip_fraction": by_name["value_clipped"] / tokens,
+        "optim/steps": float(steps),
+        "optim/skipped_steps": float(skipped),
+        **norms,
+    }
