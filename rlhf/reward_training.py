@@ -209,6 +209,7 @@ def training_arguments(run: RunSettings, settings: RewardSettings) -> TrainingAr
         label_names=["labels"],
         dataloader_pin_memory=not run.use_cpu,
         average_tokens_across_devices=True,
+        ddp_find_unused_parameters=False,
     )
     arguments._n_gpu = min(arguments.n_gpu, 1)  # one process drives one GPU; several: accelerate launch --num_processes
     return arguments

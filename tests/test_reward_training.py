@@ -1,6 +1,11 @@
 """The training loop on tiny Llamas: grouping of pairs, schedule, logs, checkpoints."""
 
+import json
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -166,3 +171,36 @@ def test_pair_scores_come_in_order(folder):
     chosen, rejected = score_pairs(model, pairs, token_budget=16)
     assert chosen == pytest.approx(score_ids(model, [pair.chosen_ids for pair in pairs]).tolist(), abs=1e-6)
     assert rejected == pytest.approx(score_ids(model, [pair.rejected_ids for pair in pairs]).tolist(), abs=1e-6)
+
+
+TWO_PROCESSES = """
+import json, sys
+from pathlib import Path
+import test_reward_training as t
+
+folder, out = map(Path, sys.argv[1:])
+logs = []
+trainer = t.train(folder, out, t.make_pairs(16), logs, per_device_train_batch_size=4, objective="safety")
+rank, size = trainer.args.process_index, trainer.args.world_size
+scores = t.score_pairs(trainer.accelerator.unwrap_model(trainer.model), t.make_pairs(5), 64, rank, size)
+(out / f"{rank}.json").write_text(json.dumps([logs, scores, size]))
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_of_four_pairs_equal_one_of_eight(folder, tmp_path):
+    logs = []
+    one = train(folder, tmp_path, make_pairs(16), logs, per_device_train_batch_size=8, objective="safety")
+    script = tmp_path / "two.py"
+    script.write_text(TWO_PROCESSES)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    here = Path(__file__).resolve().parent
+    environment = {**os.environ, "PYTHONPATH": f"{here.parent}{os.pathsep}{here}", "OMP_NUM_THREADS": "1"}
+    subprocess.run([*command, str(script), str(folder), str(tmp_path)], env=environment, check=True, timeout=120)
+    for rank in (0, 1):
+        two_logs, scores, size = json.loads((tmp_path / f"{rank}.json").read_text())
+        assert size == 2
+        assert scores == [pytest.approx(side, abs=1e-4) for side in score_pairs(one.model, make_pairs(5), 64)]
+        for (_, found), (_, expected) in zip(two_logs[:2], logs[:2], strict=True):
+            for name in ("train/loss", "train/accuracy", "train/safety_loss", "optim/grad_norm"):
+                assert found[name] == pytest.approx(expected[name], rel=1e-4)
