@@ -58,6 +58,10 @@ class GattSettings(InstructionSettings):
     safety_reward_model: str | None = field(
         default=None, metadata={"help": "Safety reward model beside it: the pick is then by the combined reward."}
     )
+    train_on: str = field(
+        default="all",
+        metadata={"help": "Loss in multi-turn rows: all replies (all were sampled under the instruction) or the last."},
+    )
     replay_single_turn_share: float = field(
         default=0.4,
         metadata={"help": "Share of the built rows that are single turns of the same policy, so that turn 1 is kept."},
@@ -81,6 +85,8 @@ class GattSettings(InstructionSettings):
         for name in ("replay_single_turn_share", "replay_files_share"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise UserError(f"{name}: {getattr(self, name)} must be at least 0 and below 1: the rest is dialogues")
+        if self.train_on not in ("all", "last"):
+            raise UserError(f"train_on: '{self.train_on}' is unknown; use all or last")
         if self.max_turns < self.min_turns:
             raise UserError(f"max_turns: {self.max_turns} is less than min_turns: {self.min_turns}")
         if self.safety_reward_model and not self.helpfulness_reward_model:

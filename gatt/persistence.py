@@ -1,7 +1,8 @@
 """How long an instruction holds: share of replies that obey, by dialogue turn (paper App. A.3.5, Table 30).
 
-The instruction stands in the first turn only; turn t asks whether reply t still obeys. A turn counts as obeyed only if the
-reply obeys by the kind's checker AND answers its question: a model that repeats "Napoleon" and nothing else must not pass.
+The instruction stands in the first turn only; turn t asks whether reply t still obeys. A turn counts as obeyed only if
+the reply obeys by the kind's checker AND answers its question: a model that repeats "Napoleon" and nothing else must
+not pass.
 
 Pure functions. One `Observation` is one reply; turns count from 1.
 """
@@ -73,13 +74,14 @@ def by_turn(observations: Iterable[Observation]) -> dict[int, tuple[int, int]]:
 def range_mean(observations: Sequence[Observation], first: int, last: int) -> dict[str, float] | None:
     """Mean over turns `first..last` of the share obeyed at each turn, with a 95 % interval over dialogues.
 
-    Turns weigh equally, however many dialogues reached them. Replies of one dialogue are not independent, so the interval
-    takes the dialogue as its unit: the normal interval of the clustered ratio estimate, clipped to [0, 1],
+    Turns weigh equally, however many dialogues reached them. Replies of one dialogue are not independent, so the
+    interval takes the dialogue as its unit: the normal interval of the clustered ratio estimate, clipped to [0, 1],
 
-        share_t = K_t / N_t;   mean = (1/T) sum_t share_t;   d_i = (1/T) sum_t (k_it - share_t n_it) / N_t;   var = sum_i d_i^2
+        share_t = K_t / N_t;   mean = (1/T) sum_t share_t
+        d_i = (1/T) sum_t (k_it - share_t n_it) / N_t;   var = sum_i d_i^2
 
-    with a small-sample factor D / (D - 1). Where no dialogue differs from another (all obey, or none) that variance is 0 and
-    Wilson's interval with one trial a dialogue stands in.
+    with a small-sample factor D / (D - 1). Where no dialogue differs from another (all obey, or none) that variance is
+    0 and Wilson's interval with one trial a dialogue stands in.
 
     Returns:
         {"mean", "low", "high", "turns"}: `turns` is how many turns of the range were observed at all; None for none.

@@ -34,8 +34,9 @@ class Draft:
 class Reply(Protocol):
     """Samples one reply for each context.
 
-    `rows[i]` is the index of the dialogue that `contexts[i]` continues, so that an engine can keep that dialogue's prefix;
-    asked twice for the same turn of a row, it draws another reply. Contexts hold the instruction on every user turn.
+    `rows[i]` is the index of the dialogue that `contexts[i]` continues, so that an engine can keep that dialogue's
+    prefix; asked twice for the same turn of a row, it draws another reply. Contexts hold the instruction on every user
+    turn.
     """
 
     def __call__(self, rows: list[int], contexts: list[list[Message]]) -> list[Draft]: ...
@@ -47,7 +48,7 @@ Judge = Callable[[list[Message], list[str], Instruction | None], Sequence[float]
 
 @dataclass(frozen=True)
 class Plan:
-    """One dialogue to make: its user turns, the instruction (None: a plain one), and the slot that carries it at turn 1."""
+    """One dialogue to make: user turns, instruction (None: a plain dialogue), and the slot that carries it at turn 1."""
 
     user_turns: tuple[str, ...]
     instruction: Instruction | None
@@ -76,7 +77,7 @@ class Dialogue:
         return len(self.messages) // 2
 
     def record(self, wording: str) -> dict:
-        """The training row, {"messages", "train_on"}; `wording` is the instruction as the model shall learn to read it."""
+        """The training row, {"messages", "train_on"}; `wording`: the instruction as the model shall learn to read it."""
         if self.plan.instruction is None:
             return {"messages": [dict(m) for m in self.messages], "train_on": "all"}
         return training_record(self.messages, wording, self.plan.slot, [True] * self.turns)
@@ -94,7 +95,8 @@ def plan_dialogues(
         raise UserError("no user turns were given; Ghost Attention needs at least one dialogue")
     if not len(user_turns) == len(instructions) == len(slots):
         raise UserError(
-            f"{len(user_turns)} dialogues, {len(instructions)} instructions and {len(slots)} slots; give one of each a dialogue"
+            f"{len(user_turns)} dialogues, {len(instructions)} instructions and {len(slots)} slots; "
+            "give one of each a dialogue"
         )
     for index, turns in enumerate(user_turns):
         if not turns:
@@ -116,7 +118,8 @@ def synthesise(
     Args:
         obeys: the checker. Only replies that pass are kept.
         max_candidates: drafts a turn at most. Without a judge the first that obeys is kept and no more are drawn.
-        judge: scores the candidates that obey; then all `max_candidates` are drawn and the best is kept (ties: the earliest).
+        judge: scores the candidates that obey; then all `max_candidates` are drawn and the best is kept (ties: the
+        earliest).
 
     Raises:
         UserError: `max_candidates` below 1, or a plan whose instruction or slot is invalid.
@@ -193,7 +196,7 @@ def _best(context: list[Message], candidates: list[str], instruction: Instructio
 
 
 def counts(dialogues: Sequence[Dialogue]) -> dict[str, int]:
-    """How many dialogues were planned, finished, cut short (by reason) or lost at turn 1, and replies drawn and kept."""
+    """How many dialogues were planned, finished, cut short (and why) or lost at turn 1; replies drawn and kept."""
     result = {
         "planned": len(dialogues),
         "finished": sum(not d.cut for d in dialogues),

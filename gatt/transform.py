@@ -2,7 +2,7 @@
 
 Two views of one dialogue [u1, a1, ..., un, an] under an instruction `inst`:
 
-    sampling context    u1+inst, a1, u2+inst, a2, ..., un+inst    every reply is sampled while the instruction is in sight
+    sampling context    u1+inst, a1, u2+inst, a2, ..., un+inst    every reply is sampled with the instruction in sight
     training dialogue   u1+inst, a1, u2,      a2, ..., un, an     the instruction stays in the first turn only
 
 The paper trains on `an` alone, because the earlier replies of its dialogues were not sampled under `inst`. Where every
@@ -71,8 +71,8 @@ def with_instruction_everywhere(messages: Sequence[Message], instruction: str, s
     Args:
         messages: (system?), user, assistant, ..., in order; may end with either role. Not changed.
         instruction: the wording to add.
-        slot: where turn 1 carries it: "system" (the system message) or "user" (in front of the user's text). Later turns
-            have no system slot and always carry it in front of the user's text.
+        slot: where turn 1 carries it: "system" (the system message) or "user" (in front of the user's text). Later
+            turns have no system slot and always carry it in front of the user's text.
 
     Raises:
         UserError: an empty instruction, one with a special tag, an unknown slot, no user turn, or a wrong role order.
@@ -89,7 +89,7 @@ def training_dialogue(messages: Sequence[Message], instruction: str, slot: str) 
 
 
 def last_reply_mask(response_mask_T: Sequence[bool]) -> list[bool]:
-    """Keeps the loss on the last reply only; every earlier token, assistant turns included, gets none (step 5 of §3.3).
+    """Keeps the loss on the last reply; every earlier token, assistant turns included, gets none (step 5 of §3.3).
 
     Args:
         response_mask_T: True on the tokens of every assistant reply, the end-of-sequence token included.
@@ -135,7 +135,8 @@ def training_record(
         sampled_under_instruction: for each reply, whether it was sampled with the instruction in sight of its own turn.
 
     Returns:
-        `train_on` is "all" where every reply was sampled so (the shared-prefix row of the module's docstring), else "last".
+        `train_on` is "all" where every reply was sampled so (the shared-prefix row of the module's docstring), else
+        "last".
 
     Raises:
         UserError: additionally, where the last reply was not sampled under the instruction: it would teach forgetting.
@@ -154,10 +155,10 @@ def training_record(
 def shorten(
     messages: Sequence[Message], train_on: str, count_tokens: Callable[[list[Message]], int], max_tokens: int
 ) -> list[Message]:
-    """Shortens a training dialogue to `max_tokens` by whole exchanges; the first user turn, with the instruction, stays.
+    """Shortens a training dialogue to `max_tokens` by whole exchanges; the first turn, with the instruction, stays.
 
-    A row "all" loses exchanges at its end (each reply left keeps the exact prefix it was sampled after). A row "last" loses
-    its oldest exchanges behind the first one, since the last reply is what it trains.
+    A row "all" loses exchanges at its end (each reply left keeps the exact prefix it was sampled after). A row "last"
+    loses its oldest exchanges behind the first one, since the last reply is what it trains.
 
     Args:
         messages: a training dialogue that ends with a reply.

@@ -1,9 +1,9 @@
 """Multi-turn sampling that computes each token once: the reply engine of `gatt.synth` over a session with a kept cache.
 
-A dialogue's ids are the concatenation of increments, `prompt_1, reply_1, prompt_2, reply_2, ...`: prompt_k is what the chat
-format puts between the end of reply k-1 and reply k, so with the replies as the format encodes them the concatenation is
-`encode_prompt` of the whole dialogue. Sampled replies keep their sampled ids instead: re-encoding their text may give other
-ids for the same text, and a policy should read back what it wrote.
+A dialogue's ids are the concatenation of increments, `prompt_1, reply_1, prompt_2, reply_2, ...`: prompt_k is what the
+chat format puts between the end of reply k-1 and reply k, so with the replies as the format encodes them the
+concatenation is `encode_prompt` of the whole dialogue. Sampled replies keep their sampled ids instead: re-encoding
+their text may give other ids for the same text, and a policy should read back what it wrote.
 """
 
 import random
@@ -44,7 +44,9 @@ class Increments:
         """Turn k > 1: the ids between the end token of reply k-1 and reply k."""
         ids = self.chat_format.encode_prompt([*self._stub, {"role": "user", "content": user_text}])
         if ids[: self._end] != self._prefix:
-            raise UserError("this chat format rewrites earlier turns when one follows; multi-turn sampling cannot use it")
+            raise UserError(
+                "this chat format rewrites earlier turns once one follows; multi-turn sampling needs another"
+            )
         return ids[self._end :]
 
 
@@ -54,12 +56,14 @@ class BranchingSession(DialogueSession):
     def rewind(self, dialogues: Sequence[int], replies: Sequence[Sequence[int]]) -> None:
         """Takes back the last reply of `dialogues`, and the last token of the prompt before it: feed that token again.
 
-        `replies` are the last replies of all dialogues of the session, as `reply` returned them, less those dropped since.
+        `replies` are the last replies of all dialogues of the session, as `reply` returned them, less those dropped
+        since.
         """
         assert self._cache is not None
         row_of = self._row.argsort()
         for d in dialogues:
-            # n - 1 tokens of a reply of n were fed, and the token of the prompt before them: the row's last n visible columns.
+            # n - 1 tokens of a reply of n were fed, and the token of the prompt before them: the row's last n visible
+            # columns.
             visible = (self._mask[row_of[d], 0, 0, : self._cache.filled] == 0).nonzero().squeeze(1)
             self._mask[row_of[d], 0, 0, visible[-len(replies[d]) :]] = blocked(self._mask.dtype)
             self._length[d] -= len(replies[d])
@@ -78,7 +82,7 @@ class BranchingSession(DialogueSession):
 
 @dataclass
 class _Row:
-    """One dialogue of the engine. `length` counts its tokens up to the prompt of the current turn, that prompt included."""
+    """One dialogue of the engine. `length`: its tokens up to the prompt of the current turn, that prompt included."""
 
     turn: int = 0
     length: int = 0
@@ -89,7 +93,7 @@ class _Row:
 
 @dataclass(frozen=True)
 class _Feed:
-    """What a row is fed next; with `back`, its last reply is taken back first and `ids` follow the prompt it answered."""
+    """What a row is fed next; with `back`, its last reply is taken back first and `ids` follow the same prompt."""
 
     ids: list[int]
     back: bool
@@ -100,9 +104,9 @@ class _Feed:
 class DialogueEngine:
     """`gatt.synth.Reply` over one policy: every prompt and every kept reply is computed once.
 
-    A row that is not asked for has ended for good and leaves the batch. A row asked for the same turn again takes its draft
-    back. Only where an earlier draft than the last is kept (a judge's choice) are that reply's tokens fed a second time.
-    The rows of the first call are the dialogues of the engine.
+    A row that is not asked for has ended for good and leaves the batch. A row asked for the same turn again takes its
+    draft back. Only where an earlier draft than the last is kept (a judge's choice) are that reply's tokens fed a
+    second time. The rows of the first call are the dialogues of the engine.
     """
 
     def __init__(
@@ -157,7 +161,8 @@ class DialogueEngine:
         new_ids = [
             [self.state[row].last_prompt_id, *feeds[row].ids] if feeds[row].back else feeds[row].ids for row in rows
         ]
-        # The session's own seeds repeat when the number of its dialogues changes; a seed of its own for each call does not.
+        # The session's own seeds repeat when the number of its dialogues changes; a seed of its own for each call does
+        # not.
         seed = random.Random(f"{self.seed}/{self.calls}").getrandbits(62)
         replies = self.session.reply(new_ids, self.settings, seed)
         self.calls += 1

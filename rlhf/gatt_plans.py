@@ -7,15 +7,19 @@ from pathlib import Path
 from typing import Any
 
 from configs.errors import UserError
-from configs.gatt_settings import InstructionSettings
+from configs.gatt_settings import GattSettings, InstructionSettings
 from gatt.instructions import KINDS, Instruction, kind_named, parse_instruction, sample_instructions
+from gatt.synth import Plan, plan_dialogues
 from gatt.transform import check_instruction
+
+# Sources of the rows of a data set
+GATT, INSTRUCTED, PLAIN, REPLAY = "gatt", "gatt_single_turn", "gatt_plain", "gatt_replay"
 
 _FILE_SETTING = {"train": "values_file", "unseen": "unseen_values_file"}
 
 
 def usable_prompts(prompts: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], dict[str, int]]:
-    """The single-turn prompts whose text can be a user turn anywhere, each text once, and how many were left out and why.
+    """The single-turn prompts whose text can be a user turn anywhere, each text once, and counts of what was left out.
 
     Prompts of several turns (a later turn may refer to an earlier one), with a system message, or that already carry an
     instruction are left out.
@@ -46,8 +50,8 @@ def draw_user_turns(prompts: Sequence[dict[str, Any]], lengths: Sequence[int], r
     texts = [row["prompt"][0]["content"].strip() for row in prompts]
     if len(texts) < max(lengths):
         raise UserError(
-            f"prompt_files: {len(texts)} different single-turn prompts without an instruction are too few for dialogues of "
-            f"{max(lengths)} turns; add prompts or ask for fewer turns"
+            f"prompt_files: {len(texts)} different single-turn prompts without an instruction are too few for dialogues "
+            f"of {max(lengths)} turns; add prompts or ask for fewer turns"
         )
     return [rng.sample(texts, n) for n in lengths]
 
@@ -82,9 +86,13 @@ def draw_instructions(settings: InstructionSettings, n: int, split: str, rng: ra
         taught = {(kind, value.lower()) for kind, values in read["train"].items() for value in values}
         both = sorted(v for kind, values in read["unseen"].items() for v in values if (kind, v.lower()) in taught)
         if both:
-            raise UserError(f"unseen_values_file: {', '.join(both[:5])} also in values_file; a taught value is not unseen")
+            raise UserError(
+                f"unseen_values_file: {', '.join(both[:5])} also in values_file; a taught value is not unseen"
+            )
     if split == "unseen" and "train" in read and "unseen" not in read:
-        raise UserError("unseen_values_file: needed beside values_file, because the starter lists may hold taught values")
+        raise UserError(
+            "unseen_values_file: needed beside values_file, because the starter lists may hold taught values"
+        )
     if split not in read:
         return sample_instructions(rng, n, split, tuple(KINDS if settings.kinds is None else settings.kinds))
     kinds = settings.kinds or list(read[split])
@@ -103,3 +111,23 @@ def draw_slot(settings: InstructionSettings, rng: random.Random) -> str:
 def draw_wording(settings: InstructionSettings, instruction: Instruction, rng: random.Random) -> str:
     """The full or the shortened wording (paper: half of the cases)."""
     return instruction.short_text if rng.random() < settings.short_share else instruction.text
+
+
+def make_plans(settings: GattSettings, prompts: Sequence[dict[str, Any]], seed: int) -> list[tuple[Plan, str, str]]:
+    """Every dialogue of the build as (plan, the wording to train with, source): a function of its arguments alone.
+
+    Multi-turn dialogues first, then the single turns, so that a chunk's dialogues are of like length. With s =
+    `replay_single_turn_share`, num_dialogues * s / (1 - s) single turns make the share s of all.
+    """
+    rng = random.Random(f"gatt plans {seed}")
+    share, n = settings.replay_single_turn_share, settings.num_dialogues
+    singles = round(n * share / (1 - share))
+    plain = round(singles * settings.replay_plain_part)
+    sources = [GATT] * n + [INSTRUCTED] * (singles - plain) + [PLAIN] * plain
+    lengths = [rng.randint(settings.min_turns, settings.max_turns) for _ in range(n)] + [1] * singles
+    turns = draw_user_turns(prompts, lengths, rng)
+    given = draw_instructions(settings, n + singles - plain, "train", rng)
+    instructions = [*given, *[None] * plain]
+    plans = plan_dialogues(turns, instructions, [draw_slot(settings, rng) for _ in lengths])
+    wordings = ["" if i is None else draw_wording(settings, i, rng) for i in instructions]
+    return list(zip(plans, wordings, sources, strict=True))

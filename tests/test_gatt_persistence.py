@@ -56,7 +56,8 @@ def test_summary():
 
 
 def test_range_interval_takes_the_dialogue_as_its_unit():
-    # Ten dialogues of 20 turns, five obey throughout, five never: the mean is 0.5 and the data are worth 10 trials, not 200.
+    # Ten dialogues of 20 turns, five obey throughout, five never: the mean is 0.5 and the data are worth 10 trials,
+    # not 200.
     rows = [Observation(d, turn, "figure", d < 5) for d in range(10) for turn in range(1, 21)]
     result = range_mean(rows, 1, 20)
     assert result is not None

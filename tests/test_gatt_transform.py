@@ -82,7 +82,7 @@ def test_record_says_which_replies_may_carry_loss():
     assert row["messages"] == t.training_dialogue(full, INSTRUCTION, "user")
 
 
-# --- the equivalence: one row with the loss on every reply = the n last-turn samples -------------------------------------
+# --- the equivalence: one row with the loss on every reply = the n last-turn samples ---------------------------------
 
 
 def encode(messages):
@@ -131,7 +131,7 @@ def test_one_row_on_all_replies_equals_the_sum_of_last_turn_losses(slot):
     assert one_row > 1.5 * parts[-1][0]
 
 
-# --- truncation -----------------------------------------------------------------------------------------------------------
+# --- truncation ------------------------------------------------------------------------------------------------------
 
 
 def characters(messages):
@@ -159,7 +159,7 @@ def test_shortening_keeps_the_system_slot():
     assert contents(short) == [("s", INSTRUCTION), ("u", "Hi."), ("a", "Hello.")]
 
 
-# --- bad input ------------------------------------------------------------------------------------------------------------
+# --- bad input -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("tag", ["[INST]", "[/INST]", "<<SYS>>", "<</SYS>>"])

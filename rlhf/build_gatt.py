@@ -1,0 +1,331 @@
+"""Builds a Ghost Attention data set by sampling from the latest policy (paper §3.3, App. A.3.5; recipe sheet §6).
+
+    accelerate launch rlhf/build_gatt.py --config configs/llama2_7b_gatt.yaml --output_dir runs/gatt-data
+    accelerate launch --num_processes 8 rlhf/build_gatt.py --config ...        # chunks are shared out over processes
+
+Then `rlhf/sft.py --train_files runs/gatt-data/gatt.jsonl`. What differs from the paper, or is open there:
+
+1. User turns are drawn from single-turn prompts, so every reply is sampled under the instruction, and one row with the
+   loss on every reply stands for n last-turn samples (`gatt.transform`). `train_on: last` gives the paper's rows.
+2. While sampling the instruction has its full wording; half of the rows are trained with the shortened one.
+3. Replies that fail the kind's checker are drawn again; a dialogue in which that fails ends before that turn.
+4. Single turns of the same policy, obeying an instruction or plain, are mixed in, so that turn 1 and plain
+   helpfulness stay.
+
+Every chunk is a shard that is written in one piece: a build that was killed goes on behind its last shard, with the
+rows that an undisturbed build gives.
+"""
+
+import sys
+from pathlib import Path
+
+if __package__ in (None, ""):
+    sys.path[0] = str(Path(__file__).resolve().parents[1])  # launched by path, Python puts rlhf/ first
+
+import hashlib
+import json
+import random
+import shutil
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from configs.chat import ChatFormat, load_chat_format
+from configs.errors import UserError
+from configs.gatt_settings import GattSettings
+from configs.model_settings import ModelSettings, RunSettings
+from configs.records import read_dialogues, read_prompts, write_jsonl
+from configs.sampling_settings import SamplingSettings
+from gatt.instructions import obeys
+from gatt.synth import Dialogue, Judge, Plan, counts, obedience_by_turn, synthesise
+from gatt.transform import shorten
+from rlhf import cli
+from rlhf.gatt_plans import GATT, INSTRUCTED, PLAIN, REPLAY, make_plans, usable_prompts
+from rlhf.run import RunFolder
+
+
+def make_record(
+    dialogue: Dialogue, wording: str, source: str, train_on: str, chat_format: ChatFormat, max_length: int
+) -> tuple[dict[str, Any] | None, int, str]:
+    """The training row of a dialogue: (row or None, exchanges left out for length, why there is no row).
+
+    A row keeps its first turn, which holds the instruction, whatever its length.
+    """
+    if not dialogue.messages:
+        return None, 0, dialogue.cut
+    row = dialogue.record(wording)
+    if source == GATT:
+        row["train_on"] = train_on
+    try:
+        fitting = shorten(
+            row["messages"], row["train_on"], lambda m: len(chat_format.encode_dialogue(m).input_ids), max_length
+        )
+    except UserError as error:  # a reply whose text poses as a special token, or one exchange longer than the limit
+        return None, 0, str(error)
+    left_out = (len(row["messages"]) - len(fitting)) // 2
+    instruction = dialogue.plan.instruction
+    given = None if instruction is None else {**asdict(instruction), "wording": wording, "slot": dialogue.plan.slot}
+    return {**row, "messages": fitting, "instruction": given, "source": source}, left_out, ""
+
+
+def reward_judge(
+    chat_format: ChatFormat,
+    is_safety: dict[str, bool],
+    score_helpfulness: Callable[[list[list[int]]], Any],
+    score_safety: Callable[[list[list[int]]], Any] | None,
+) -> Judge:
+    """Scores candidates by the combined reward (paper §3.2.3), or by helpfulness where there is no safety model.
+
+    `is_safety` maps the text of a prompt to its tag. The models read the context as it was sampled, instruction
+    included.
+    """
+    from reward.combine import combined_reward
+
+    def judge(context: Any, candidates: list[str], instruction: Any) -> list[float]:
+        dialogues = [[*context, {"role": "assistant", "content": text}] for text in candidates]
+        ids = [chat_format.encode_dialogue(dialogue).input_ids for dialogue in dialogues]
+        r_helpfulness = score_helpfulness(ids)
+        if score_safety is None:
+            return r_helpfulness.tolist()
+        text = context[-1]["content"]
+        tagged = is_safety.get(text if instruction is None else text.removeprefix(f"{instruction.text} "), False)
+        flags = r_helpfulness.new_full(r_helpfulness.shape, float(tagged)).bool()
+        return combined_reward(score_safety(ids), r_helpfulness, flags).tolist()
+
+    return judge
+
+
+class Builder:
+    """Makes chunks; models are loaded when the first chunk that is not on disk needs them."""
+
+    def __init__(
+        self,
+        gatt: GattSettings,
+        model_settings: ModelSettings,
+        sampling: SamplingSettings,
+        tokenizer: Any,
+        chat_format: ChatFormat,
+        prompts: Sequence[dict[str, Any]],
+        seed: int,
+        device: str,
+    ):
+        self.gatt, self.model_settings, self.sampling, self.seed = gatt, model_settings, sampling, seed
+        self.tokenizer, self.chat_format, self.device = tokenizer, chat_format, device
+        self.is_safety = {row["prompt"][0]["content"].strip(): bool(row.get("is_safety")) for row in prompts}
+        self._loaded: tuple[Any, Judge | None] | None = None
+
+    def chunk(self, number: int, plans: Sequence[tuple[Plan, str, str]]) -> list[dict[str, Any]]:
+        """One shard: a row for each plan, with its record (or why there is none) and what sampling it took."""
+        from rlhf.dialogues import DialogueEngine
+
+        model, judge = self._load()
+        engine = DialogueEngine(
+            model, self.chat_format, self.tokenizer.pad_token_id, self.sampling, self.gatt.max_length,
+            random.Random(f"gatt chunk {self.seed}/{number}").getrandbits(62),
+        )  # fmt: skip
+        dialogues = synthesise([plan for plan, _, _ in plans], engine, obeys, self.gatt.max_candidates, judge)
+        rows = []
+        for dialogue, (_, wording, source) in zip(dialogues, plans, strict=True):
+            record, left_out, refused = make_record(
+                dialogue, wording, source, self.gatt.train_on, self.chat_format, self.gatt.max_length
+            )
+            rows.append({
+                "record": record, "source": source, "refused": refused, "exchanges_left_out": left_out,
+                "counts": counts([dialogue]), "first_draft_obeyed": dialogue.first_draft_obeyed,
+            })  # fmt: skip
+        return rows
+
+    def _load(self) -> tuple[Any, Judge | None]:
+        if self._loaded is None:
+            from rlhf.models import load_policy
+
+            model = load_policy(self.model_settings, trainable=False).to(self.device)
+            self._loaded = model, self._judge()
+        return self._loaded
+
+    def _judge(self) -> Judge | None:
+        if self.gatt.helpfulness_reward_model is None:
+            return None
+        from reward.model import load_reward_model
+        from reward.scorer import score_ids
+
+        def scorer(path: str) -> Callable[[list[list[int]]], Any]:
+            model = load_reward_model(path).to(self.device)  # type: ignore[arg-type]
+            return lambda ids: score_ids(model, ids)
+
+        safety = self.gatt.safety_reward_model
+        return reward_judge(
+            self.chat_format,
+            self.is_safety,
+            scorer(self.gatt.helpfulness_reward_model),
+            scorer(safety) if safety else None,
+        )
+
+
+def read_shard(path: Path) -> list[dict[str, Any]]:
+    """The rows of a finished shard; it was written in one piece, so every line is whole."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def summarise(rows: Sequence[dict[str, Any]], replayed: int) -> dict[str, Any]:
+    """Counts over all shards: rows by source, what was cut and why, obedience by turn before any selection."""
+    total: Counter[str] = Counter()
+    for row in rows:
+        total.update(row["counts"])
+    kept = [row["record"] for row in rows if row["record"]]
+    marks = [row["first_draft_obeyed"] for row in rows if row["source"] == GATT]
+    sampled = [Dialogue(plan=None, first_draft_obeyed=m) for m in marks]  # type: ignore[arg-type]
+    return {
+        "rows": len(kept) + replayed,
+        "rows_by_source": dict(Counter(r["source"] for r in kept)) | ({REPLAY: replayed} if replayed else {}),
+        "rows_by_kind": dict(Counter(r["instruction"]["kind"] for r in kept if r["instruction"])),
+        "rows_by_turns": dict(sorted(Counter(sum(m["role"] == "user" for m in r["messages"]) for r in kept).items())),
+        **total,
+        "rows_refused": dict(Counter(row["refused"] for row in rows if row["refused"])),
+        "exchanges_left_out": sum(row["exchanges_left_out"] for row in rows),
+        "first_draft_obedience": obedience_by_turn(sampled),
+    }
+
+
+def dataset_card(summary: dict[str, Any], settings: dict[str, Any]) -> str:
+    """README.md of the data set: what the rows are, how they were made, how to train on them."""
+    obedience = summary["first_draft_obedience"]
+    table = "\n".join(f"| {turn} | {share:.3f} |" for turn, share in obedience.items())
+    shown = "\n".join(f"- `{name}`: {value}" for name, value in sorted(settings.items()))
+    listed = "\n".join(f"- {name}: {value}" for name, value in summary.items() if name != "first_draft_obedience")
+    return f"""---
+tags: [ghost-attention, sft, conversational, synthetic]
+task_categories: [text-generation]
+---
+# Ghost Attention dialogues
+
+Dialogues in which an instruction of the first turn holds to the end (Llama 2 paper, section 3.3). Replies were sampled
+from `{settings["model_name_or_path"]}` with the instruction on every user turn; a row keeps it in its first turn only.
+
+One JSON object a line in `gatt.jsonl`:
+
+- `messages`: conversational, as TRL's SFTTrainer reads it (with `assistant_only_loss=True`);
+- `train_on`: `all` (loss on every reply) or `last` (on the last reply only; for TRL, split it off as `completion`);
+- `instruction`: kind, value, both wordings, the wording and slot used; null in plain rows;
+- `source`: `{GATT}`; `{INSTRUCTED}` and `{PLAIN}`, single turns of the same policy; `{REPLAY}`, mixed in as they were.
+
+A trainer that shortens dialogues must not drop their first turn: it holds the instruction. No sampled row is longer than
+{settings["max_length"]} tokens in the chat format it was made with.
+
+## Measured
+
+Share of first drafts that obeyed while sampling, by turn, before any selection:
+
+| turn | obeyed |
+|---|---|
+{table}
+
+{listed}
+
+## Settings
+
+{shown}
+"""
+
+
+def main(args: list[str] | None = None) -> dict[str, Any]:
+    """Build the data set; returns the summary that is also `output_dir/summary.json`."""
+    gatt, model_settings, sampling, run_settings = cli.parse(
+        GattSettings, ModelSettings, SamplingSettings, RunSettings, args=args
+    )
+    settings = {**asdict(gatt), **asdict(model_settings), **asdict(sampling), **asdict(run_settings)}
+    if (done := RunFolder.completed(run_settings.output_dir)) and done.get("settings") == settings:
+        return done
+    if not gatt.prompt_files:
+        raise UserError("prompt_files: name at least one file of prompt records")
+    from accelerate import PartialState
+    from tqdm import tqdm
+
+    from rlhf.models import data_fingerprint, load_tokenizer
+
+    started = time.monotonic()
+    state = PartialState(cpu=run_settings.use_cpu)
+    output_dir = Path(run_settings.output_dir)
+    tokenizer = load_tokenizer(model_settings.model_name_or_path)
+    chat_format = load_chat_format(tokenizer, model_settings.chat_format)
+    run = RunFolder(output_dir, settings, "gatt", run_settings.report_to)
+
+    read = [
+        read_prompts(
+            path,
+            reject_file=str(output_dir / f"rejected-{i}.jsonl") if state.is_main_process else None,
+            max_reject_share=gatt.max_reject_share,
+            chat_format=chat_format,
+        ).rows
+        for i, path in enumerate(gatt.prompt_files)
+    ]
+    prompts, prompt_counts = usable_prompts([row for rows in read for row in rows])
+    plans = make_plans(gatt, prompts, run_settings.seed)
+
+    # Shards of other settings or data must not be continued: the folder's name says what they were made from.
+    inputs = {k: v for k, v in settings.items() if k not in ("output_dir", "report_to", "logging_steps", "resume")}
+    files = [data_fingerprint(path) for path in gatt.prompt_files]
+    digest = hashlib.sha256(json.dumps([inputs, files], sort_keys=True).encode()).hexdigest()[:12]
+    shards = output_dir / f"shards-{digest}"
+    if state.is_main_process:
+        if not run_settings.resume and shards.exists():
+            shutil.rmtree(shards)
+        shards.mkdir(parents=True, exist_ok=True)
+    state.wait_for_everyone()
+    chunks = [plans[i : i + gatt.chunk_size] for i in range(0, len(plans), gatt.chunk_size)]
+    paths = [shards / f"{number:05d}.jsonl" for number in range(len(chunks))]
+    builder = Builder(
+        gatt, model_settings, sampling, tokenizer, chat_format, prompts, run_settings.seed, str(state.device)
+    )
+    mine = range(state.process_index, len(chunks), state.num_processes)
+    resumed = sum(path.exists() for path in paths)
+    for number in tqdm(mine, desc="Ghost Attention chunks", disable=not state.is_main_process):
+        if not paths[number].exists():
+            write_jsonl(paths[number], builder.chunk(number, chunks[number]))
+    state.wait_for_everyone()
+
+    rows = [row for path in paths for row in read_shard(path)]
+    records = [row["record"] for row in rows if row["record"]]
+    if not any(record["source"] == GATT for record in records):
+        raise UserError(
+            f"no dialogue obeyed its instruction at turn 1 ({len(rows)} planned): the policy cannot follow instructions "
+            "of these kinds; name others in kinds, raise max_candidates, or teach them in SFT first"
+        )
+    rng = random.Random(f"gatt order {run_settings.seed}")
+    replay = draw_replay(gatt, len(records), chat_format, rng)
+    records += replay
+    rng.shuffle(records)
+    summary = summarise(rows, len(replay)) | prompt_counts
+    summary |= {"train_file": str(output_dir / "gatt.jsonl"), "chunks": len(chunks), "chunks_resumed": resumed}
+    if state.is_main_process:
+        write_jsonl(output_dir / "gatt.jsonl", records)
+        (output_dir / "README.md").write_text(dataset_card(summary, settings), encoding="utf-8")
+        run.log(len(rows), {f"obeyed/turn_{turn}": share for turn, share in summary["first_draft_obedience"].items()})
+        run.samples(len(rows), [record for record in records if record["source"] == GATT][:3])
+    summary["seconds"] = round(time.monotonic() - started, 1)
+    run.finish(summary)
+    state.wait_for_everyone()
+    return summary | {"stage": "gatt", "settings": settings}
+
+
+def draw_replay(gatt: GattSettings, built: int, chat_format: ChatFormat, rng: random.Random) -> list[dict[str, Any]]:
+    """Rows of `replay_files` such that they are `replay_files_share` of all rows; all of them where there are fewer."""
+    if not gatt.replay_files:
+        return []
+    rows = [
+        row
+        for path in gatt.replay_files
+        for row in read_dialogues(path, chat_format=chat_format, max_reject_share=gatt.max_reject_share).rows
+    ]
+    wanted = round(built * gatt.replay_files_share / (1 - gatt.replay_files_share))
+    drawn = rng.sample(rows, min(wanted, len(rows)))
+    return [
+        {"messages": r["messages"], "train_on": r.get("train_on", "all"), "instruction": None, "source": REPLAY}
+        for r in drawn
+    ]
+
+
+if __name__ == "__main__":
+    cli.entry(main)
