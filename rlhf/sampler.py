@@ -252,19 +252,19 @@ def _sample_group(
 ) -> _Run:
     """One batch from prefill to the last finished sample; results in the order of `group`."""
     device = model.device
-    prompts = list(dict.fromkeys(i // k for i in group))
-    chunks = [prompts_ids[p] for p in prompts]
+    wanted = [tuple(prompts_ids[i // k]) for i in group]
+    slot = {ids: r for r, ids in enumerate(dict.fromkeys(wanted))}  # equal prompts are computed once, too
+    chunks = [list(ids) for ids in slot]
     width = max(map(len, chunks))
     columns = width + settings.max_new_tokens
-    shared = len(prompts) < len(group)
-    cache = RowCache(model.config, len(prompts), width if shared else columns)
-    mask = torch.zeros(len(prompts), 1, 1, columns, dtype=model.dtype, device=device)
-    begin = torch.zeros(len(prompts), dtype=torch.int64, device=device)
+    shared = len(chunks) < len(group)
+    cache = RowCache(model.config, len(chunks), width if shared else columns)
+    mask = torch.zeros(len(chunks), 1, 1, columns, dtype=model.dtype, device=device)
+    begin = torch.zeros(len(chunks), dtype=torch.int64, device=device)
     logits = _feed(model, cache, mask, chunks, begin, pad_id)
     positions = torch.tensor([len(c) for c in chunks], device=device)
     if shared:
-        slot = {p: r for r, p in enumerate(prompts)}
-        index = torch.tensor([slot[i // k] for i in group], device=device)
+        index = torch.tensor([slot[ids] for ids in wanted], device=device)
         cache.take_rows(index, columns)
         mask, positions, logits = mask[index], positions[index], logits[index]
     row = torch.arange(len(group), device=device)

@@ -1,0 +1,291 @@
+"""Rejection sampling: K responses a prompt, the best by the combined reward kept for fine-tuning (paper §3.2.3).
+
+    accelerate launch rlhf/rejection_sampling.py --config configs/llama2_7b_rejection_sampling.yaml
+
+What differs from the paper, or fills what it leaves open:
+1. K is never given there: `samples_per_prompt`, default 16.
+2. Scored is the raw score of the reward model that the piecewise rule of PPO picks (reward/combine.py), on the sampled
+   ids themselves, never on re-encoded text.
+3. A response that was cut at max_new_tokens, is empty, or could not stand in a dialogue is scored but not kept.
+4. For every kept prompt the median of the K and a random one are written beside the best, as controls of equal size.
+
+Writes best.jsonl, median.jsonl and random.jsonl (dialogues for rlhf/sft.py), scores.npz (all scores, prompts x K), and
+shards/ with every response. Killed and started again it continues; several processes share the prompts.
+"""
+
+import sys
+from pathlib import Path
+
+if __package__ in (None, ""):
+    sys.path[0] = str(Path(__file__).resolve().parents[1])  # launched by path, Python puts rlhf/ first
+
+import random
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from tqdm import tqdm
+
+from configs.chat import ChatFormat, ChatFormatError, load_chat_format
+from configs.errors import UserError
+from configs.model_settings import ModelSettings, RunSettings
+from configs.records import read_prompts, write_jsonl
+from configs.rejection_settings import RejectionSettings
+from reward.combine import combined_reward
+from reward.model import load_reward_model
+from reward.scorer import score_ids
+from rlhf.cli import entry, parse
+from rlhf.draw import sample_seeds
+from rlhf.models import load_policy, load_tokenizer
+from rlhf.run import RunFolder
+from rlhf.sampler import position_limit, sample
+from rlhf.selection import Picks, best_of_n_curve, best_of_n_kl, pick
+from rlhf.shards import read_shards, run_shards, shard_folder, weights_stamp
+
+Row = dict[str, Any]
+RUN_ONLY = ("output_dir", "report_to", "logging_steps", "resume", "use_cpu")
+SCORES = ("combined", "helpfulness", "safety")  # the rewards, raw scores; gold scores stand beside them where there are
+
+
+def read_prompt_files(files: list[str], chat_format: ChatFormat, max_tokens: int, folder: Path) -> list[Row]:
+    """The usable prompts of several files, in order; bad rows go to rejected_prompts.jsonl in `folder`."""
+    rows: list[Row] = []
+    rejects = folder / "rejected_prompts.jsonl"
+    for file in files:
+        rows += read_prompts(file, reject_file=rejects, chat_format=chat_format, max_prompt_tokens=max_tokens).rows
+    if not rows:
+        raise UserError(f"prompt_files: no usable prompt in {files}")
+    return rows
+
+
+def usable(chat_format: ChatFormat, prompt: list[dict[str, str]], text: str) -> bool:
+    """True where prompt + text is a dialogue that the chat format accepts (not empty, no special tag in it)."""
+    try:
+        chat_format.encode_dialogue([*prompt, {"role": "assistant", "content": text}])
+    except ChatFormatError:
+        return False
+    return True
+
+
+def gold_scores(prompt: list[dict[str, str]], texts: list[str]) -> dict[str, list[float]]:
+    """The simulated world's gold scores of K responses."""
+    from rlhf.simulation.world import gold_helpfulness, gold_safety
+
+    return {
+        "gold_helpfulness": [gold_helpfulness(prompt, text) for text in texts],
+        "gold_safety": [gold_safety(prompt, text) for text in texts],
+    }
+
+
+class Worker:
+    """The policy and both reward models; turns prompts into rows of K scored responses."""
+
+    def __init__(
+        self, settings: RejectionSettings, model: ModelSettings, seed: int, tokenizer: Any, device: torch.device
+    ) -> None:
+        self.settings, self.seed, self.tokenizer = settings, seed, tokenizer
+        self.chat = load_chat_format(tokenizer, model.chat_format)
+        self.policy = load_policy(model, trainable=False).to(device)
+        dtype = next(self.policy.parameters()).dtype
+        paths = {"helpfulness": settings.helpfulness_model_path, "safety": settings.safety_model_path}
+        self.reward_models = {name: load_reward_model(path, dtype=dtype).to(device) for name, path in paths.items()}
+
+    def rows(self, prompts: list[Row], first: int) -> list[Row]:
+        """Rows of prompts first, first + 1, ...: sampled, scored, not yet selected. Seeds follow the prompt's index."""
+        k = self.settings.samples_per_prompt
+        prompts_ids = [self.chat.encode_prompt(row["prompt"]) for row in prompts]
+        batch = sample(
+            self.policy,
+            prompts_ids,
+            k,
+            self.settings,
+            stop_ids=self.chat.stop_ids,
+            pad_id=self.tokenizer.pad_token_id,
+            seed=sample_seeds(self.seed, len(prompts) * k, first=first * k),
+            token_budget=self.settings.token_budget,
+        )
+        full = [[*prompts_ids[i // k], *ids] for i, ids in enumerate(batch.response_ids)]
+        raw = {
+            name: score_ids(model, full, self.settings.score_token_budget) for name, model in self.reward_models.items()
+        }
+        is_safety = torch.tensor([bool(row["is_safety"]) for row in prompts]).repeat_interleave(k)
+        raw["combined"] = combined_reward(raw["safety"], raw["helpfulness"], is_safety, self.settings.safety_threshold)
+        rows = []
+        for p, prompt in enumerate(prompts):
+            mine = slice(p * k, (p + 1) * k)
+            texts = [self.chat.decode_response(ids) for ids in batch.response_ids[mine]]
+            finished = [reason == "stop" for reason in batch.finish_reasons[mine]]
+            rows.append(
+                {
+                    "index": first + p,
+                    "prompt": prompt["prompt"],
+                    "is_safety": bool(prompt["is_safety"]),
+                    "responses": texts,
+                    "response_ids": batch.response_ids[mine],
+                    "finished": finished,
+                    "usable": [usable(self.chat, prompt["prompt"], text) for text in texts],
+                    "seeds": batch.seeds[mine],
+                    **{name: raw[name][mine].tolist() for name in SCORES},
+                    **(gold_scores(prompt["prompt"], texts) if self.settings.gold == "simulated" else {}),
+                }
+            )
+        return rows
+
+
+def eligible(row: Row, keep_unfinished: bool) -> list[bool]:
+    """Which of a row's K responses may be kept."""
+    return [ok and (keep_unfinished or finished) for ok, finished in zip(row["usable"], row["finished"], strict=True)]
+
+
+def select(
+    rows: list[Row], settings: RejectionSettings, seed: int
+) -> tuple[dict[str, list[int | None]], dict[str, int]]:
+    """For best, median, random and worst: the index of the picked response of each row, None where the row is left out.
+
+    Also counts: prompts, kept, no_eligible, below_min_score, and of all responses the duplicates (of an earlier
+    response to the same prompt), unfinished and unusable ones.
+    """
+    picks: dict[str, list[int | None]] = {name: [] for name in ("best", "median", "random", "worst")}
+    counts = dict.fromkeys(
+        ("prompts", "kept", "no_eligible", "below_min_score", "responses", "duplicates", "unfinished", "unusable"), 0
+    )
+    for row in rows:
+        counts["prompts"] += 1
+        counts["responses"] += len(row["responses"])
+        counts["duplicates"] += len(row["responses"]) - len(set(row["responses"]))
+        counts["unfinished"] += row["finished"].count(False)
+        counts["unusable"] += row["usable"].count(False)
+        picked: Picks | None = pick(row["combined"], eligible(row, settings.keep_unfinished))
+        low = (
+            picked is not None and settings.min_score is not None and row["combined"][picked.best] < settings.min_score
+        )
+        counts["no_eligible"] += picked is None
+        counts["below_min_score"] += low
+        if picked is None or low:
+            for column in picks.values():
+                column.append(None)
+            continue
+        counts["kept"] += 1
+        chance = random.Random(f"{seed}/{row['index']}")  # by prompt: the same pick however the work was divided
+        chosen = {"best": picked.best, "median": picked.median, "worst": picked.worst}
+        for name, column in picks.items():
+            column.append(chosen[name] if name in chosen else chance.choice(picked.eligible))
+    return picks, counts
+
+
+def summarise(rows: list[Row], picks: dict[str, list[int | None]], settings: RejectionSettings) -> Row:
+    """Mean scores of each kind of pick over the kept prompts, and the best-of-n curves over all prompts.
+
+    Gold scores: helpfulness over the prompts that are not risky, safety over the risky ones.
+    """
+    names = [name for name in (*SCORES, "gold_helpfulness", "gold_safety") if name in rows[0]]
+    risky = np.array([row["is_safety"] for row in rows])
+    counted = {name: np.ones(len(rows), bool) for name in names} | {"gold_helpfulness": ~risky, "gold_safety": risky}
+    summary: Row = {
+        kind: {
+            name: _mean(
+                [row[name][i] for row, i, on in zip(rows, column, counted[name], strict=True) if on and i is not None]
+            )
+            for name in names
+        }
+        for kind, column in picks.items()
+    }
+    combined = np.array([row["combined"] for row in rows])
+    may_keep = np.array([eligible(row, settings.keep_unfinished) for row in rows])
+    curve: Row = {"n": list(range(1, combined.shape[1] + 1))}
+    for name in names:
+        on = counted[name]
+        if on.any():
+            values = np.array([row[name] for row in rows])
+            curve[name] = best_of_n_curve(combined[on], values[on], may_keep[on]).round(5).tolist()
+    curve["kl_nats_bound"] = [round(best_of_n_kl(n), 5) for n in curve["n"]]
+    return {**summary, "best_of_n": curve}
+
+
+def _mean(values: list[float]) -> float | None:
+    return round(sum(values) / len(values), 5) if values else None
+
+
+def write_outputs(folder: Path, rows: list[Row], picks: dict[str, list[int | None]]) -> None:
+    """The dialogues of the best, median and random picks, and the score matrices."""
+    for kind in ("best", "median", "random"):
+        write_jsonl(
+            folder / f"{kind}.jsonl",
+            [
+                {
+                    "messages": [*row["prompt"], {"role": "assistant", "content": row["responses"][i]}],
+                    "source": f"rejection_sampling/{kind}",
+                }
+                for row, i in zip(rows, picks[kind], strict=True)
+                if i is not None
+            ],
+        )
+    names = [name for name in (*SCORES, "gold_helpfulness", "gold_safety", "finished", "usable") if name in rows[0]]
+    matrices = {name: np.array([row[name] for row in rows]) for name in names}
+    chosen = np.array([-1 if i is None else i for i in picks["best"]])
+    temporary = folder / "scores.tmp.npz"
+    np.savez_compressed(temporary, best=chosen, **matrices)  # plain arrays: numpy.load reads them without pickle
+    temporary.replace(folder / "scores.npz")
+
+
+def main(args: list[str] | None = None) -> dict[str, Any]:
+    """Runs one round of rejection sampling; returns its summary."""
+    settings, model, run = parse(RejectionSettings, ModelSettings, RunSettings, args=args)
+    resolved = asdict(settings) | asdict(model) | asdict(run)
+    if completed := RunFolder.completed(run.output_dir, resolved):
+        return completed
+    state = PartialState(cpu=run.use_cpu)
+    folder = RunFolder(run.output_dir, resolved, stage="rejection_sampling")
+    tokenizer = load_tokenizer(model.model_name_or_path)
+    worker = Worker(settings, model, run.seed, tokenizer, state.device)
+    limit = position_limit(worker.policy)
+    room = (
+        settings.max_prompt_tokens
+        if limit is None
+        else min(settings.max_prompt_tokens, limit - settings.max_new_tokens)
+    )
+    prompts = read_prompt_files(settings.prompt_files, worker.chat, room, folder.path)
+    prompts = prompts[: settings.max_prompts or None]
+    # What the selection does later does not change the responses: another min_score samples nothing again.
+    later = ("min_score", "keep_unfinished", "max_prompts", *RUN_ONLY)
+    content: Row = {name: value for name, value in resolved.items() if name not in later}
+    for name in ("model_name_or_path", "helpfulness_model_path", "safety_model_path"):
+        content[f"{name} weights"] = weights_stamp(content[name])
+    shards = shard_folder(run.output_dir, content | {"prompts": [[p["prompt"], p["is_safety"]] for p in prompts]})
+    size, total = settings.prompts_per_shard, len(prompts)
+    with tqdm(total=total, desc="rejection sampling", unit="prompt", disable=not state.is_main_process) as bar:
+        for done in run_shards(
+            shards,
+            total,
+            size,
+            lambda items: worker.rows(prompts[items.start : items.stop], items.start),
+            state.process_index,
+            state.num_processes,
+        ):
+            bar.update(min(done - bar.n, total - bar.n))
+    state.wait_for_everyone()
+    rows = read_shards(shards, total, size)
+    picks, counts = select(rows, settings, run.seed)
+    summary = {**counts, "samples_per_prompt": settings.samples_per_prompt, **summarise(rows, picks, settings)}
+    if state.is_main_process:
+        write_outputs(folder.path, rows, picks)
+        for n, score in zip(summary["best_of_n"]["n"], summary["best_of_n"]["combined"], strict=True):
+            folder.log(n, {"best_of_n/combined": score})
+        folder.samples(0, [_shown(row, picks, p) for p, row in enumerate(rows[:8])])
+    return folder.finish(summary)
+
+
+def _shown(row: Row, picks: dict[str, list[int | None]], p: int) -> Row:
+    """One prompt with its picked responses and their scores, for samples.jsonl."""
+    shown: Row = {"prompt": row["prompt"], "is_safety": row["is_safety"]}
+    for kind, column in picks.items():
+        i = column[p]
+        if i is not None:
+            shown[kind] = {"response": row["responses"][i], **{name: round(row[name][i], 4) for name in SCORES}}
+    return shown
+
+
+if __name__ == "__main__":
+    entry(main)
