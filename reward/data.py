@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from configs.chat import ChatFormat
+from configs.chat import ChatFormat, Message
 from configs.errors import UserError
 from reward.loss import SAFETY_LABELS
 
@@ -33,7 +33,7 @@ class EncodedPair:
         return max(len(self.chosen_ids), len(self.rejected_ids))
 
 
-def shorten_prompt(prompt: Sequence[Mapping[str, str]]) -> list[Mapping[str, str]] | None:
+def shorten_prompt(prompt: Sequence[Message]) -> list[Message] | None:
     """`prompt` without its oldest user and assistant message; a system message stays. None: no turn can be spared."""
     system = list(prompt[:1]) if prompt and prompt[0]["role"] == "system" else []
     turns = list(prompt[len(system) :])
@@ -53,7 +53,7 @@ def encode_pairs(
     refused: list[dict[str, Any]] = []
     counts: Counter = Counter(pairs=0, shortened=0, refused=0, unrated=0)
     for row in rows:
-        prompt: list[Mapping[str, str]] | None = list(row["prompt"])
+        prompt: list[Message] | None = list(row["prompt"])
         while prompt is not None:
             chosen = chat_format.encode_dialogue([*prompt, *row["chosen"]]).input_ids
             rejected = chat_format.encode_dialogue([*prompt, *row["rejected"]]).input_ids

@@ -68,8 +68,8 @@ class RewardTrainer(Trainer):
             model=model,
             args=args,
             data_collator=partial(collate_pairs, pad_id=pad_id),
-            train_dataset=train_pairs,  # type: ignore[arg-type]
-            eval_dataset=train_pairs if args.eval_strategy != "no" else None,  # type: ignore[arg-type]
+            train_dataset=train_pairs,
+            eval_dataset=train_pairs if args.eval_strategy != "no" else None,
         )
         self.settings = settings
         self.evaluate_pairs = evaluate_pairs
@@ -80,7 +80,7 @@ class RewardTrainer(Trainer):
             self.remove_callback(default)
         self.add_callback(_Progress(log))
 
-    def compute_loss(  # type: ignore[override]
+    def compute_loss(
         self,
         model: torch.nn.Module,
         inputs: dict[str, Tensor],
@@ -118,7 +118,7 @@ class RewardTrainer(Trainer):
                 self._sums = None
         super().log(logs, start_time)
 
-    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:  # type: ignore[override]
+    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Scores of the test pairs as metrics, logged with an `eval_` prefix."""
         metrics = {f"eval_{name}": value for name, value in (self.evaluate_pairs or dict)().items()}
         self.log(metrics)
@@ -133,7 +133,7 @@ class RewardTrainer(Trainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         if self.args.train_sampling_strategy != "group_by_length":
             return super()._get_train_sampler(train_dataset)
-        lengths = [pair.length for pair in self.train_dataset]  # type: ignore[union-attr]
+        lengths = [pair.length for pair in self.train_dataset]
         step = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
         return LengthGroupedSampler(lengths, step, self.args.seed)
 

@@ -204,18 +204,18 @@ def _read(
 ) -> tuple[list[list[dict[str, Any]]], list[dict[str, Any]]]:
     """(training rows by file, test rows). Bad rows go to reject files in `reject_dir`, where it is given."""
 
-    def read(path: str, split: str, number: int) -> list[dict[str, Any]]:
+    def read(path: str, split: str) -> list[dict[str, Any]]:
         return read_preferences(
             path,
-            reject_file=None if reject_dir is None else reject_dir / f"rejected-{split}-{number}.jsonl",
+            reject_file=None if reject_dir is None else reject_dir / f"rejected-{split}.jsonl",
             max_reject_share=settings.max_reject_share,
             chat_format=chat_format,
             split=split,
         ).rows
 
-    sources = [read(path, "train", number) for number, path in enumerate(settings.train_files, start=1)]
+    sources = [read(path, "train") for path in settings.train_files]
     if settings.eval_files is not None:
-        return sources, [row for n, path in enumerate(settings.eval_files, start=1) for row in read(path, "test", n)]
+        return sources, [row for path in settings.eval_files for row in read(path, "test")]
     split = [split_by_prompt(rows, settings.eval_fraction, seed) for rows in sources]
     return [train for train, _ in split], [row for _, held_out in split for row in held_out]
 

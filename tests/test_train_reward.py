@@ -235,6 +235,8 @@ def test_bad_rows_stop_the_run_before_training(chat_model, files, tmp_path):
     write(files[0], [preference(i) for i in range(6)] + [preference(7, rating="great")])
     with pytest.raises(UserError, match="max_reject_share"):
         main(arguments(chat_model, files, tmp_path))
+    (refused,) = jsonl(tmp_path / "run" / "rejected-train.jsonl")
+    assert refused["line"] == 7
 
 
 @pytest.mark.parametrize("objective", ["helpfulness", "safety"])
@@ -248,3 +250,15 @@ def test_llama2_configs_carry_the_numbers_of_the_paper(objective):
     assert settings.min_warmup_steps == 5
     assert settings.safety_weight == (1.0 if objective == "safety" else 0.0)
     assert model.use_peft
+
+
+def test_without_test_files_prompts_are_held_out_and_shares_are_kept(chat_model, files, tmp_path):
+    write(files[1], [preference(i, source="other") for i in range(200, 240)])
+    call = arguments(chat_model, files, tmp_path, "--max_steps", 1, "--eval_fraction", 0.3)
+    call[call.index("--eval_files") : call.index("--eval_files") + 2] = [str(files[1]), "--mix_weights", "3", "1"]
+    summary = main(call)
+    first = summary["train_by_source"]["even"] + summary["train_by_source"]["odd"]
+    assert summary["train_by_source"]["other"] == first // 3
+    assert 0 < first < 24
+    assert summary["test_pairs"] > 0
+    assert summary["test_prompts_in_training"] == 0
