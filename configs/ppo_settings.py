@@ -1,4 +1,4 @@
-"""Settings of PPO. Defaults are Llama 2's (paper 3.2.3; recipe sheet 5) and, where the paper is silent, recipe sheet 10."""
+"""Settings of PPO. Defaults are Llama 2's (paper 3.2.3; recipe sheet 5), where it is silent recipe sheet 10's."""
 
 from dataclasses import dataclass, field
 

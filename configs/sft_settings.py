@@ -1,4 +1,4 @@
-"""Settings of supervised fine-tuning. Defaults are the paper's where it gives one (section 3.1; recipe sheet 1, 10.24)."""
+"""Settings of supervised fine-tuning. Defaults are the paper's where it gives them (3.1; recipe sheet 1, 10.24)."""
 
 from dataclasses import dataclass, field
 

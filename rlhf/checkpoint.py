@@ -90,7 +90,8 @@ def latest_step(folder: str | Path) -> int:
 
 def random_states() -> dict[str, Any]:
     """The states of the Python, NumPy and torch generators, as JSON."""
-    _, keys, position, has_gauss, gauss = np.random.get_state()
+    numpy_state: Any = np.random.get_state()
+    _, keys, position, has_gauss, gauss = numpy_state
     return {
         "python": random.getstate(),
         "numpy": [keys.tolist(), position, has_gauss, gauss],

@@ -74,7 +74,7 @@ def policy_loss_sum(
 def value_loss_sum(
     values_N: Tensor, old_values_N: Tensor, returns_N: Tensor, clip: float = 0.2
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Sum of 1/2 max((V - G)^2, (V_clipped - G)^2), V_clipped within `clip` of the value at sampling time; `clip` 0: off.
+    """Sum of 1/2 max((V - G)^2, (V_clipped - G)^2), V_clipped within `clip` of the value at sampling; `clip` 0: off.
 
     `value_clipped` counts tokens at which the clip decides.
     """

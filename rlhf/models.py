@@ -97,7 +97,7 @@ def add_lora(model: PreTrainedModel, settings: ModelSettings) -> PeftModel:
         target_modules=settings.lora_target_modules or "all-linear",
     )
     try:
-        return get_peft_model(model, config)  # type: ignore[return-value]
+        return get_peft_model(model, config)
     except ValueError as error:
         raise UserError(f"lora_target_modules: {error}") from error
 
@@ -119,7 +119,7 @@ def merged_state_dict(model: PreTrainedModel | PeftModel) -> tuple[PreTrainedMod
     """The base model and its weights with the active adapters added: W + (alpha / r) B A. The model is not touched."""
     if not isinstance(model, PeftModel):
         return model, model.state_dict()
-    base: PreTrainedModel = model.get_base_model()  # type: ignore[assignment]
+    base: PreTrainedModel = model.get_base_model()
     state = {
         name.replace(".base_layer.", "."): weight for name, weight in base.state_dict().items() if "lora_" not in name
     }
@@ -162,7 +162,7 @@ def save_policy(
 def model_card(
     stage: str, settings: Mapping[str, Any], data: Mapping[str, str], results: Mapping[str, float | int | str]
 ) -> str:
-    """A model card: what made the model (`settings`), from which files (`data`: path -> fingerprint), how it measured."""
+    """A model card: what made the model (`settings`), from what (`data`: path -> fingerprint), how it measured."""
     base = settings.get("model_name_or_path", "unknown")
     lines = ["---", "library_name: transformers", f"base_model: {base}", f"tags: [rlhf, {stage}]", "---", ""]
     lines += [f"# {stage}", "", f"Made from `{base}` by the `{stage}` stage of a Llama 2-Chat recipe.", ""]

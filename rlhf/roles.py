@@ -136,7 +136,7 @@ def load_roles(ppo: PPOSettings, model_settings: ModelSettings, tokenizer: Any, 
     _check_plain_head(policy)
     if ppo.reference_model == "sft":
         _check_same_tokenizer(tokenizer, "sft_model_path", str(ppo.sft_model_path))
-        reference = load_policy(replace(model_settings, model_name_or_path=ppo.sft_model_path), trainable=False)
+        reference = load_policy(replace(model_settings, model_name_or_path=str(ppo.sft_model_path)), trainable=False)
     else:
         reference = None if model_settings.use_peft else load_policy(model_settings, trainable=False)
 
@@ -158,8 +158,10 @@ def load_roles(ppo: PPOSettings, model_settings: ModelSettings, tokenizer: Any, 
             model.train()
     for model in (helpfulness, safety):
         model.requires_grad_(False)
-    models = (policy, reference, value, helpfulness, safety)
-    return Roles(*(model if model is None else model.to(device) for model in models), temperature=ppo.temperature)
+    for model in (policy, reference, value, helpfulness, safety):
+        if model is not None:
+            model.to(device)
+    return Roles(policy, reference, value, helpfulness, safety, ppo.temperature)
 
 
 def _check_same_tokenizer(tokenizer: Any, field: str, path: str) -> None:

@@ -89,8 +89,8 @@ def update(
         optimizer.zero_grad(set_to_none=True)
         if skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
             raise UserError(
-                f"{skipped_in_a_row} gradient steps in a row were not finite. Lower learning_rate or value_learning_rate,"
-                " or check the reward models' scores; the last checkpoint is intact."
+                f"{skipped_in_a_row} gradient steps in a row were not finite. Lower learning_rate or"
+                " value_learning_rate, or check the reward models' scores; the last checkpoint is intact."
             )
     return _figures(sums, steps, skipped, accelerator), skipped_in_a_row
 

@@ -95,7 +95,8 @@ def test_gae_equals_a_slow_oracle_on_ragged_rows(gamma, lam):
     for row, length in enumerate(lengths):
         expected = slow_gae(rewards[row, :length].tolist(), values[row, :length].tolist(), gamma, lam)
         assert advantages[row, :length].tolist() == pytest.approx(expected)
-        assert (advantages[row, length:] == 0).all() and (returns[row, length:] == 0).all()
+        assert (advantages[row, length:] == 0).all()
+        assert (returns[row, length:] == 0).all()
 
 
 def test_explained_variance_of_perfect_and_constant_values():

@@ -62,7 +62,8 @@ def test_logprob_and_entropy_by_hand():
     head = torch.tensor([[0.0], [math.log(3.0)]])
     logprobs, entropy = token_logprobs(torch.ones(2, 1), head, torch.tensor([0, 1]), entropy=True)
     assert logprobs.tolist() == pytest.approx([math.log(0.25), math.log(0.75)], abs=1e-6)
-    assert entropy is not None and entropy.tolist() == pytest.approx([math.log(4) - 0.75 * math.log(3)] * 2, abs=1e-6)
+    assert entropy is not None
+    assert entropy.tolist() == pytest.approx([math.log(4) - 0.75 * math.log(3)] * 2, abs=1e-6)
     # temperature 1/2 doubles the logits: p = 1/10, 9/10
     hot, _ = token_logprobs(torch.ones(1, 1), head, torch.tensor([1]), temperature=0.5)
     assert hot.item() == pytest.approx(math.log(0.9), abs=1e-6)

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -107,7 +108,8 @@ def test_a_rollout_equals_plain_one_by_one_computation(paths, reference, lora):
         assert rollout.scores_B[i].item() == pytest.approx((r_s if decides else r_h).item(), abs=1e-4)
         assert bool(rollout.safety_decides_B[i]) == bool(decides)
         total_kl += float((rollout.logprobs_BR - rollout.reference_logprobs_BR)[i, :length].sum())
-        assert not rollout.logprobs_BR[i, length:].any() and not rollout.kl_BR[i, length:].any()
+        assert not rollout.logprobs_BR[i, length:].any()
+        assert not rollout.kl_BR[i, length:].any()
     assert float(rollout.kl_BR.sum()) == pytest.approx(total_kl, abs=1e-3)
     assert abs(total_kl) > 0.1
 
@@ -217,7 +219,7 @@ def final_weights(output):
 
 
 def metrics(output):
-    lines = [json.loads(line) for line in open(f"{output}/metrics.jsonl", encoding="utf-8")]
+    lines = [json.loads(line) for line in Path(output, "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in line.items() if not k.startswith("time")} for line in lines]
 
 
@@ -229,12 +231,12 @@ def test_main_writes_the_run_folder(paths, tmp_path):
               "response/stopped", "policy/first_ratio_error"}  # fmt: skip
     assert wanted <= rows[1].keys()
     assert [row["step"] for row in rows] == [0, 1, 2]
-    assert rows[0]["eval/kl"] == pytest.approx(0.0, abs=1e-3) and rows[0]["eval/objective"] == pytest.approx(
-        0, abs=1e-3
-    )
-    samples = [json.loads(line) for line in open(tmp_path / "samples.jsonl", encoding="utf-8")]
+    assert rows[0]["eval/kl"] == pytest.approx(0.0, abs=1e-3)
+    assert rows[0]["eval/objective"] == pytest.approx(0, abs=1e-3)
+    samples = [json.loads(line) for line in Path(tmp_path, "samples.jsonl").read_text().splitlines()]
     assert {"response", "reward_helpfulness", "reward_safety", "kl_nats"} <= samples[0].keys()
-    assert summary["iterations"] == 2 and summary["stopped_by"] == "total_iterations"
+    assert summary["iterations"] == 2
+    assert summary["stopped_by"] == "total_iterations"
     assert run_ppo(paths, tmp_path, total=2) == summary  # complete: not run again
 
 
@@ -283,14 +285,16 @@ def test_the_kl_cap_stops_and_the_best_held_out_policy_is_kept(paths, tmp_path, 
 
     scores = iter([0.0] * 9)
     summary = run_ppo(paths, tmp_path / "capped", "--max_kl_nats", "0.000001", "--learning_rate", "0.01", total=40)
-    assert summary["stopped_by"] == "max_kl_nats" and summary["iterations"] < 40
+    assert summary["stopped_by"] == "max_kl_nats"
+    assert summary["iterations"] < 40
 
 
 def test_ppo_raises_the_reward(paths, tmp_path):
-    run_ppo(paths, tmp_path, "--learning_rate", "1e-2", "--batch_size", "64", "--mini_batch_size", "32",
-            "--kl_coef", "0.0", total=12)  # fmt: skip
-    rewards = [row["eval/combined"] for row in metrics(tmp_path) if "eval/combined" in row]
-    assert rewards[-1] > rewards[0] + 0.3
+    run_ppo(paths, tmp_path, "--learning_rate", "3e-2", "--batch_size", "64", "--mini_batch_size", "32",
+            "--kl_coef", "0.0", total=10)  # fmt: skip
+    objectives = [row["eval/objective"] for row in metrics(tmp_path) if "eval/objective" in row]
+    assert objectives[0] == pytest.approx(0.0, abs=1e-3)
+    assert objectives[-1] > 0.5  # standard deviations of the starting policy's scores; 10 prompts
 
 
 def test_user_mistakes(paths, tmp_path):
