@@ -48,7 +48,7 @@ Judge = Callable[[list[Message], list[str], Instruction | None], Sequence[float]
 
 @dataclass(frozen=True)
 class Plan:
-    """One dialogue to make: user turns, instruction (None: a plain dialogue), and the slot that carries it at turn 1."""
+    """One dialogue to make: user turns, instruction (None: a plain dialogue), the slot that carries it at turn 1."""
 
     user_turns: tuple[str, ...]
     instruction: Instruction | None
@@ -77,7 +77,7 @@ class Dialogue:
         return len(self.messages) // 2
 
     def record(self, wording: str) -> dict:
-        """The training row, {"messages", "train_on"}; `wording`: the instruction as the model shall learn to read it."""
+        """The training row, {"messages", "train_on"}; `wording`: the instruction as the model will learn it."""
         if self.plan.instruction is None:
             return {"messages": [dict(m) for m in self.messages], "train_on": "all"}
         return training_record(self.messages, wording, self.plan.slot, [True] * self.turns)

@@ -152,7 +152,7 @@ class Builder:
         from reward.scorer import score_ids
 
         def scorer(path: str) -> Callable[[list[list[int]]], Any]:
-            model = load_reward_model(path).to(self.device)  # type: ignore[arg-type]
+            model = load_reward_model(path).to(self.device)
             return lambda ids: score_ids(model, ids)
 
         safety = self.gatt.safety_reward_model
@@ -209,7 +209,7 @@ One JSON object a line in `gatt.jsonl`:
 - `messages`: conversational, as TRL's SFTTrainer reads it (with `assistant_only_loss=True`);
 - `train_on`: `all` (loss on every reply) or `last` (on the last reply only; for TRL, split it off as `completion`);
 - `instruction`: kind, value, both wordings, the wording and slot used; null in plain rows;
-- `source`: `{GATT}`; `{INSTRUCTED}` and `{PLAIN}`, single turns of the same policy; `{REPLAY}`, mixed in as they were.
+- `source`: `{GATT}`; `{INSTRUCTED}` and `{PLAIN}`, single turns of the same policy; `{REPLAY}`, mixed in.
 
 A trainer that shortens dialogues must not drop their first turn: it holds the instruction. No sampled row is longer than
 {settings["max_length"]} tokens in the chat format it was made with.
@@ -236,7 +236,7 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
         GattSettings, ModelSettings, SamplingSettings, RunSettings, args=args
     )
     settings = {**asdict(gatt), **asdict(model_settings), **asdict(sampling), **asdict(run_settings)}
-    if (done := RunFolder.completed(run_settings.output_dir)) and done.get("settings") == settings:
+    if done := RunFolder.completed(run_settings.output_dir, settings):
         return done
     if not gatt.prompt_files:
         raise UserError("prompt_files: name at least one file of prompt records")
@@ -250,16 +250,16 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
     output_dir = Path(run_settings.output_dir)
     tokenizer = load_tokenizer(model_settings.model_name_or_path)
     chat_format = load_chat_format(tokenizer, model_settings.chat_format)
-    run = RunFolder(output_dir, settings, "gatt", run_settings.report_to)
+    run = RunFolder(output_dir, settings, "build_gatt")
 
     read = [
         read_prompts(
             path,
-            reject_file=str(output_dir / f"rejected-{i}.jsonl") if state.is_main_process else None,
+            reject_file=output_dir / "rejected.jsonl" if state.is_main_process else None,
             max_reject_share=gatt.max_reject_share,
             chat_format=chat_format,
         ).rows
-        for i, path in enumerate(gatt.prompt_files)
+        for path in gatt.prompt_files
     ]
     prompts, prompt_counts = usable_prompts([row for rows in read for row in rows])
     plans = make_plans(gatt, prompts, run_settings.seed)
@@ -290,8 +290,8 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
     records = [row["record"] for row in rows if row["record"]]
     if not any(record["source"] == GATT for record in records):
         raise UserError(
-            f"no dialogue obeyed its instruction at turn 1 ({len(rows)} planned): the policy cannot follow instructions "
-            "of these kinds; name others in kinds, raise max_candidates, or teach them in SFT first"
+            f"no dialogue obeyed its instruction at turn 1 ({len(rows)} planned): the policy cannot follow "
+            "instructions of these kinds; name others in kinds, raise max_candidates, or teach them in SFT first"
         )
     rng = random.Random(f"gatt order {run_settings.seed}")
     replay = draw_replay(gatt, len(records), chat_format, rng)
@@ -305,9 +305,9 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
         run.log(len(rows), {f"obeyed/turn_{turn}": share for turn, share in summary["first_draft_obedience"].items()})
         run.samples(len(rows), [record for record in records if record["source"] == GATT][:3])
     summary["seconds"] = round(time.monotonic() - started, 1)
-    run.finish(summary)
+    summary = run.finish(summary)
     state.wait_for_everyone()
-    return summary | {"stage": "gatt", "settings": settings}
+    return summary
 
 
 def draw_replay(gatt: GattSettings, built: int, chat_format: ChatFormat, rng: random.Random) -> list[dict[str, Any]]:

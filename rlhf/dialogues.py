@@ -74,7 +74,7 @@ class BranchingSession(DialogueSession):
         assert self._cache is not None
         index_D = torch.tensor(list(dialogues), device=self._row.device)
         row_D = self._row.argsort()[index_D]
-        self._cache.take_rows(row_D, self._cache.layers[0].columns)  # type: ignore[attr-defined]
+        self._cache.take_rows(row_D, self._cache.layers[0].columns)
         self._mask, self._length = self._mask[row_D], self._length[index_D]
         self._row = torch.arange(len(index_D), device=self._row.device)
         self._pending = [self._pending[d] for d in dialogues]

@@ -197,7 +197,7 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
     """Measure the policy, and the baseline where one is named; returns the summary."""
     settings, model_settings, run_settings = cli.parse(PersistenceSettings, ModelSettings, RunSettings, args=args)
     resolved = {**asdict(settings), **asdict(model_settings), **asdict(run_settings)}
-    if (done := RunFolder.completed(run_settings.output_dir)) and done.get("settings") == resolved:
+    if done := RunFolder.completed(run_settings.output_dir, resolved):
         return done
     if not settings.prompt_files:
         raise UserError("prompt_files: name at least one file of held-out prompt records")
@@ -206,7 +206,7 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
     from rlhf.models import load_policy, load_tokenizer
 
     started = time.monotonic()
-    run = RunFolder(run_settings.output_dir, resolved, "gatt_persistence", run_settings.report_to)
+    run = RunFolder(run_settings.output_dir, resolved, "evaluate_gatt")
     device = "cuda" if torch.cuda.is_available() and not run_settings.use_cpu else "cpu"
     policies = {"trained": model_settings.model_name_or_path}
     if settings.baseline_model_name_or_path:
@@ -238,8 +238,7 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
         summary |= {name: table, **prompt_counts}
         del model
     summary["seconds"] = round(time.monotonic() - started, 1)
-    run.finish(summary)
-    return summary | {"stage": "gatt_persistence", "settings": resolved}
+    return run.finish(summary)
 
 
 if __name__ == "__main__":

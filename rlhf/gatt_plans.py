@@ -50,8 +50,8 @@ def draw_user_turns(prompts: Sequence[dict[str, Any]], lengths: Sequence[int], r
     texts = [row["prompt"][0]["content"].strip() for row in prompts]
     if len(texts) < max(lengths):
         raise UserError(
-            f"prompt_files: {len(texts)} different single-turn prompts without an instruction are too few for dialogues "
-            f"of {max(lengths)} turns; add prompts or ask for fewer turns"
+            f"prompt_files: {len(texts)} different single-turn prompts without an instruction are too few for "
+            f"dialogues of {max(lengths)} turns; add prompts or ask for fewer turns"
         )
     return [rng.sample(texts, n) for n in lengths]
 

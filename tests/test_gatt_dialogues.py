@@ -114,7 +114,7 @@ def test_the_cache_holds_what_a_plain_forward_computes(judged):
     )  # fmt: skip
     total = counts(dialogues)
     assert checked == total["replies_sampled"] > total["replies_kept"] > 15  # there were redraws
-    assert len({ids for ids in map(tuple, ids_of.values())}) == len(ids_of)  # no draw came twice
+    assert len(set(map(tuple, ids_of.values()))) == len(ids_of)  # no draw came twice
 
 
 def test_a_full_context_ends_its_dialogue_only():

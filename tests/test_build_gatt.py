@@ -1,0 +1,391 @@
+"""The two Ghost Attention scripts through their real mains: a scripted engine builds, a tiny model is measured."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+import rlhf.dialogues
+from configs.chat import load_chat_format
+from configs.errors import UserError
+from configs.gatt_settings import GattSettings, InstructionSettings, PersistenceSettings
+from configs.records import read_dialogues
+from gatt.instructions import KINDS, Instruction, obeys, parse_instruction, values_of
+from gatt.synth import Draft
+from rlhf import build_gatt, evaluate_gatt
+from rlhf.build_gatt import reward_judge
+from rlhf.gatt_plans import draw_instructions, draw_user_turns, make_plans, usable_prompts
+
+QUESTIONS = [f"What is {a} plus {b}?" for a in range(8) for b in range(5)]
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    vocabulary = {
+        t: i for i, t in enumerate(["<unk>", "<s>", "</s>", "<pad>", *sorted(pre_tokenizers.ByteLevel.alphabet())])
+    }
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="<pad>"
+    )
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(vocabulary), hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+            num_key_value_heads=1, max_position_embeddings=8192,
+        )
+    ).save_pretrained(folder)  # fmt: skip
+    return folder
+
+
+@pytest.fixture
+def prompt_file(tmp_path):
+    rows = [{"prompt": [{"role": "user", "content": text}], "is_safety": False} for text in QUESTIONS]
+    rows.append({"prompt": [{"role": "user", "content": "Always act as Homer. " + QUESTIONS[0]}], "is_safety": False})
+    rows.append({"prompt": [{"role": r, "content": c} for r, c in (("user", "a"), ("assistant", "b"), ("user", "c"))]})
+    rows[-1]["is_safety"] = False
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+class Obedient:
+    """Obeys the instruction in sight, but fails its first try at every later turn of every third dialogue."""
+
+    calls: list[int] = []
+    die_at: int | None = None
+
+    def __init__(self, model, chat_format, pad_id, settings, max_length, seed):
+        self.seed = seed
+        self.asked: dict[tuple[int, int], int] = {}
+
+    def __call__(self, rows, contexts):
+        type(self).calls.append(len(rows))
+        if type(self).die_at is not None and len(type(self).calls) >= type(self).die_at:
+            raise KeyboardInterrupt
+        return [self.reply(row, context) for row, context in zip(rows, contexts)]
+
+    def reply(self, row, context):
+        turn = len(context)
+        self.asked[row, turn] = self.asked.get((row, turn), 0) + 1
+        first = context[0] if context[0]["role"] == "system" and len(context) == 2 else context[-1]
+        parsed = parse_instruction(first["content"])
+        if parsed is None:
+            return Draft(f"A plain answer {self.seed % 97}.")
+        if row % 3 == 0 and turn > 2 and self.asked[row, turn] == 1:
+            return Draft("I forgot.")
+        value = parsed[0].value
+        return Draft(f"{value}, it is so {self.seed % 97}, {value}")
+
+
+def build(output_dir, model_dir, prompt_file, *more):
+    return build_gatt.main([
+        "--model_name_or_path", str(model_dir), "--prompt_files", str(prompt_file), "--output_dir", str(output_dir),
+        "--num_dialogues", "12", "--min_turns", "2", "--max_turns", "3", "--chunk_size", "5", "--use_cpu", "true",
+        "--max_length", "800", *more,
+    ])  # fmt: skip
+
+
+@pytest.fixture
+def obedient(monkeypatch):
+    monkeypatch.setattr(rlhf.dialogues, "DialogueEngine", Obedient)
+    monkeypatch.setattr(Obedient, "calls", [])
+    monkeypatch.setattr(Obedient, "die_at", None)
+    return Obedient
+
+
+def test_build(obedient, model_dir, prompt_file, tmp_path):
+    summary = build(tmp_path / "out", model_dir, prompt_file)
+    # 12 dialogues are 60 % of the rows, so 8 single turns are the other 40 %, half of them plain
+    assert summary["rows_by_source"] == {"gatt": 12, "gatt_single_turn": 4, "gatt_plain": 4}
+    assert summary["rows"] == summary["planned"] == summary["finished"] == 20
+    assert summary["chunks"] == 4
+    assert (summary["prompts_used"], summary["prompts_with_instruction"], summary["prompts_multi_turn"]) == (40, 1, 1)
+    # In chunks of 5 dialogues, rows 0 and 3 (and 0 and 3, and 0) of the 12 fail their first draft of turn 2
+    assert summary["first_draft_obedience"]["1"] == 1.0
+    assert summary["first_draft_obedience"]["2"] == pytest.approx(7 / 12)
+    assert summary["replies_sampled"] > summary["replies_kept"]
+
+    rows = [json.loads(line) for line in (tmp_path / "out" / "gatt.jsonl").read_text().splitlines()]
+    assert len(read_dialogues(tmp_path / "out" / "gatt.jsonl").rows) == 20  # what sft.py reads
+    for row in rows:
+        users = [m["content"] for m in row["messages"] if m["role"] == "user"]
+        assert row["train_on"] == "all"
+        if row["source"] == "gatt_plain":
+            assert row["instruction"] is None
+            assert len(row["messages"]) == 2
+            continue
+        wording, slot = row["instruction"]["wording"], row["instruction"]["slot"]
+        assert wording in (row["instruction"]["text"], row["instruction"]["short_text"])
+        first = row["messages"][0]
+        assert first["role"] == slot
+        assert first["content"].startswith(wording)
+        assert all(user in QUESTIONS for user in users[1:])  # the instruction is in the first turn only
+        assert len(set(users)) == len(users)
+        instruction = Instruction(*(row["instruction"][k] for k in ("kind", "value", "text", "short_text")))
+        assert instruction.value in values_of(instruction.kind, "train")
+        assert all(obeys(instruction, m["content"]) for m in row["messages"] if m["role"] == "assistant")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "| 2 | 0.583 |" in card
+    assert str(model_dir) in card
+    obedient.calls.clear()
+    assert build(tmp_path / "out", model_dir, prompt_file)["rows"] == 20
+    assert obedient.calls == []  # a finished build is not run again
+
+
+def test_a_killed_build_goes_on_and_gives_the_same_rows(obedient, model_dir, prompt_file, tmp_path):
+    build(tmp_path / "whole", model_dir, prompt_file)
+    calls = len(obedient.calls)
+    obedient.calls.clear()
+    obedient.die_at = 6  # in the second chunk
+    with pytest.raises(KeyboardInterrupt):
+        build(tmp_path / "killed", model_dir, prompt_file)
+    assert not (tmp_path / "killed" / "gatt.jsonl").exists()
+    obedient.die_at = None
+    obedient.calls.clear()
+    summary = build(tmp_path / "killed", model_dir, prompt_file)
+    assert summary["chunks_resumed"] == 1
+    assert len(obedient.calls) < calls
+    assert (tmp_path / "killed" / "gatt.jsonl").read_bytes() == (tmp_path / "whole" / "gatt.jsonl").read_bytes()
+    # other settings never continue these shards
+    assert build(tmp_path / "killed", model_dir, prompt_file, "--seed", "1")["chunks_resumed"] == 0
+
+
+def test_the_paper_s_rows_and_replay(obedient, model_dir, prompt_file, tmp_path):
+    replay = tmp_path / "replay.jsonl"
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+    replay.write_text("".join(json.dumps({"messages": messages}) + "\n" for _ in range(30)))
+    more = ("--train_on", "last", "--replay_files", str(replay), "--replay_files_share", "0.2")
+    summary = build(tmp_path / "out", model_dir, prompt_file, *more)
+    assert summary["rows_by_source"]["gatt_replay"] == 5  # 5 of 25 rows are 20 %
+    rows = [json.loads(line) for line in (tmp_path / "out" / "gatt.jsonl").read_text().splitlines()]
+    assert {(row["source"], row["train_on"]) for row in rows} == {
+        ("gatt", "last"), ("gatt_single_turn", "all"), ("gatt_plain", "all"), ("gatt_replay", "all")
+    }  # fmt: skip
+
+
+def test_a_policy_that_never_obeys_is_told(model_dir, prompt_file, tmp_path):
+    with pytest.raises(UserError, match="no dialogue obeyed its instruction"):
+        build(tmp_path / "out", model_dir, prompt_file, "--max_new_tokens", "4")
+    assert not (tmp_path / "out" / "summary.json").exists()
+
+
+def test_judge_switches_to_safety_by_tag_and_threshold(model_dir):
+    from transformers import AutoTokenizer
+
+    chat_format = load_chat_format(AutoTokenizer.from_pretrained(model_dir))
+    safety = {2: [5.0, 1.0], 3: [3.0, 2.0, -4.0]}
+    judge = reward_judge(
+        chat_format, {"risky": True, "calm": False},
+        lambda ids: torch.arange(len(ids)).float(), lambda ids: torch.tensor(safety[len(ids)]),
+    )  # fmt: skip
+    napoleon = KINDS["figure"].make("Napoleon")
+
+    def scores(text, count, instruction=napoleon):
+        return judge([{"role": "user", "content": text}], ["x"] * count, instruction)
+
+    assert scores("Always act as Napoleon. risky", 2) == [5.0, 1.0]
+    assert scores("risky", 2, None) == [5.0, 1.0]
+    assert scores("Always act as Napoleon. calm", 3) == [0.0, 1.0, -4.0]  # -4 is below logit(0.15): unsafe
+
+
+# --- persistence
+
+
+class Forgetful:
+    """Obeys for `holds` turns; answers "yes", with an instruction in sight or not."""
+
+    holds = 3
+
+    def __init__(self, *args):
+        pass
+
+    def __call__(self, rows, contexts):
+        drafts = []
+        for row, context in zip(rows, contexts):
+            turn = sum(m["role"] == "user" for m in context)
+            parsed = parse_instruction(context[0]["content"])
+            if row == 1 and turn == 5:
+                drafts.append(Draft("", "too_long"))
+            elif parsed and turn <= self.holds:
+                drafts.append(Draft(f"I am {parsed[0].value}." + ("" if turn == 2 and row == 0 else " yes.")))
+            else:
+                drafts.append(Draft("yes."))
+        return drafts
+
+
+def persistence(monkeypatch, answer_check="gold", **more):
+    monkeypatch.setattr(rlhf.dialogues, "DialogueEngine", Forgetful)
+    turns = [[f"q{d}{t}" for t in range(6)] for d in range(4)]
+    settings = PersistenceSettings(num_dialogues=4, num_turns=6, answer_check=answer_check)
+    tokenizer = type("T", (), {"pad_token_id": 3})()
+    given = more.pop("instructions", [KINDS["figure"].make(v) for v in ("Napoleon", "Mozart", "Homer", "Dante")])
+    turns = more.pop("user_turns", turns)
+    gold = more.pop("gold", lambda messages, reply: 1.0 if reply.endswith("yes.") else 0.0)
+    return evaluate_gatt.run_persistence(None, tokenizer, None, turns, given, settings, gold=gold, **more)
+
+
+def test_persistence_by_turn(monkeypatch):
+    table = persistence(monkeypatch)
+    # Turn 2: dialogue 0 obeys but does not answer. Turns 4 on: forgotten. Dialogue 1 fills its context at turn 5.
+    assert [table[str(t)] for t in range(1, 7)] == [1.0, 0.75, 1.0, 0.0, 0.0, 0.0]
+    assert table["obeyed"]["2"] == 1.0
+    assert table["missing"] == {"5": 1, "6": 1}
+    assert table["gold_without_instruction"] == 1.0
+    assert "unseen" not in table
+    assert persistence(monkeypatch, answer_check="none")["2"] == 1.0
+    unseen = persistence(monkeypatch, unseen_instructions=[KINDS["figure"].make("Zeno")] * 4)["unseen"]
+    assert unseen["1"] == 1.0
+    assert unseen["by_kind"].keys() == {"figure"}
+
+
+def test_an_answer_is_compared_with_the_reply_without_the_instruction(monkeypatch):
+    asked = []
+
+    def gold(messages, reply):
+        asked.append(messages)
+        return 0.5 if reply == "yes." else 0.35 if reply.endswith("yes.") else 0.0
+
+    table = persistence(monkeypatch, gold=gold)
+    assert table["1"] == 1.0  # stripped, the reply is "yes."
+    assert all("act as" not in m["content"] and "Figure" not in m["content"] for messages in asked for m in messages)
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ({"user_turns": []}, "num_dialogues is 0"),
+        ({"user_turns": [["a"], [], ["a"], ["a"]]}, "dialogue 1 has zero user turns"),
+        ({"instructions": []}, "0 instructions for 4 dialogues"),
+        ({"unseen_instructions": [KINDS["figure"].make("Zeno")]}, "1 unseen instructions for 4 dialogues"),
+        ({"gold": None}, "no gold score"),
+    ],
+)
+def test_persistence_refuses_what_it_cannot_measure(monkeypatch, more, words):
+    with pytest.raises(UserError, match=words):
+        persistence(monkeypatch, **more)
+
+
+def test_evaluate_gatt_main(model_dir, prompt_file, tmp_path):
+    summary = evaluate_gatt.main([
+        "--model_name_or_path", str(model_dir), "--baseline_model_name_or_path", str(model_dir), "--prompt_files",
+        str(prompt_file), "--output_dir", str(tmp_path), "--num_dialogues", "8", "--num_turns", "20",
+        "--eval_max_new_tokens", "6", "--max_length", "700", "--use_cpu", "true",
+    ])  # fmt: skip
+    on_disk = json.loads((tmp_path / "summary.json").read_text())
+    assert on_disk["trained"] == on_disk["baseline"]  # the same weights on the same dialogues with the same seeds
+    table = summary["trained"]
+    assert table["1"] == 0.0  # random weights obey nothing
+    # A turn takes about 9 + 19 + 6 + 1 tokens or more, so 700 hold fewer than 20 turns: nothing is hidden
+    assert table["20"] is None
+    assert table["missing"]["20"] == 8
+    assert set(table["ci95"]) == {str(t) for t in range(1, 21)}
+    assert set(table["unseen"]["ci95"]) == set(table["ci95"])
+    samples = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
+    assert {(s["policy"], s["values"]) for s in samples} == {
+        (p, v) for p in ("trained", "baseline") for v in ("seen", "unseen")
+    }
+
+
+# --- drawing and bad input
+
+
+def prompts_of(texts):
+    return [{"prompt": [{"role": "user", "content": text}]} for text in texts]
+
+
+def test_plans_depend_on_the_seed_alone():
+    prompts = usable_prompts(prompts_of(QUESTIONS))[0]
+    settings = GattSettings(num_dialogues=200, kinds=["figure", "hobby"], replay_single_turn_share=0.5)
+    plans = make_plans(settings, prompts, 0)
+    assert plans == make_plans(settings, prompts, 0) != make_plans(settings, prompts, 1)
+    assert len(plans) == 400
+    dialogues = plans[:200]
+    assert {len(plan.user_turns) for plan, _, _ in dialogues} == set(range(2, 9))
+    assert {plan.instruction.kind for plan, _, _ in dialogues} == {"figure", "hobby"}
+    short = sum(wording == plan.instruction.short_text for plan, wording, _ in dialogues)
+    assert 70 < short < 130  # half, within 4 standard errors of 200 draws
+    assert 70 < sum(plan.slot == "system" for plan, _, _ in dialogues) < 130
+
+
+def test_too_few_prompts_and_zero_turns_are_refused():
+    import random
+
+    with pytest.raises(UserError, match="2 different single-turn prompts .* dialogues of 3 turns"):
+        draw_user_turns(prompts_of(["a", "b"]), [2, 3], random.Random(0))
+    with pytest.raises(UserError, match="zero turns"):
+        draw_user_turns(prompts_of(["a", "b"]), [2, 0], random.Random(0))
+
+
+@pytest.mark.parametrize(
+    ("values", "unseen", "kinds", "split", "words"),
+    [
+        (None, None, [], "train", "kinds: the list is empty"),
+        (None, None, ["weather"], "train", "unknown instruction kind 'weather'"),
+        ({"weather": ["rain"]}, None, None, "train", "unknown instruction kind 'weather'"),
+        ({}, None, None, "train", "must hold an object"),
+        ({"figure": []}, None, None, "train", "at least one string"),
+        ({"figure": ["[INST] x"]}, None, None, "train", "special tag"),
+        ({"figure": ["Nero"]}, None, ["hobby"], "train", "has no values of kind: hobby"),
+        ({"figure": ["Nero"]}, {"figure": ["nero", "Zeno"]}, None, "unseen", "nero also in values_file"),
+        ({"figure": ["Nero"]}, None, None, "unseen", "needed beside values_file"),
+    ],
+)
+def test_contradicting_values_are_refused(tmp_path, values, unseen, kinds, split, words):
+    import random
+
+    paths = {}
+    for name, content in (("values_file", values), ("unseen_values_file", unseen)):
+        if content is not None:
+            (tmp_path / name).write_text(json.dumps(content))
+            paths[name] = str(tmp_path / name)
+    with pytest.raises(UserError, match=words):
+        draw_instructions(InstructionSettings(kinds=kinds, **paths), 4, split, random.Random(0))
+
+
+def test_values_files_replace_the_starter_lists(tmp_path):
+    import random
+
+    (tmp_path / "v.json").write_text(json.dumps({"figure": ["Nero"], "hobby": ["chess"]}))
+    settings = InstructionSettings(values_file=str(tmp_path / "v.json"))
+    drawn = draw_instructions(settings, 6, "train", random.Random(0))
+    assert sorted(i.value for i in drawn) == ["Nero"] * 3 + ["chess"] * 3
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ({"num_dialogues": 0}, "num_dialogues: 0"),
+        ({"min_turns": 0}, "min_turns: 0"),
+        ({"min_turns": 4, "max_turns": 3}, "max_turns: 3 is less than min_turns: 4"),
+        ({"short_share": 1.5}, "short_share: 1.5"),
+        ({"replay_single_turn_share": 1.0}, "below 1"),
+        ({"max_candidates": 0}, "max_candidates: 0"),
+        ({"train_on": "some"}, "train_on: 'some'"),
+        ({"safety_reward_model": "x"}, "needs helpfulness_reward_model"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(more, words):
+    with pytest.raises(UserError, match=words):
+        GattSettings(**more)
+    for wrong in ({"num_turns": 0}, {"answer_check": "maybe"}):
+        with pytest.raises(UserError, match=next(iter(wrong))):
+            PersistenceSettings(**wrong)
+
+
+def test_a_dialogue_longer_than_the_context_is_cut_and_counted(model_dir, prompt_file, tmp_path, monkeypatch):
+    """The real engine: the first turn already leaves no room, so every dialogue is lost, with its reason."""
+    with pytest.raises(UserError, match="no dialogue obeyed"):
+        build(tmp_path / "out", model_dir, prompt_file, "--max_length", "60", "--max_new_tokens", "50")
+    shard = next((tmp_path / "out").glob("shards-*")) / "00000.jsonl"
+    rows = [json.loads(line) for line in shard.read_text().splitlines()]
+    assert {row["refused"] for row in rows} == {"too_long"}
+    shutil.rmtree(Path(tmp_path / "out"))
