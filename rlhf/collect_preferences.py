@@ -40,7 +40,7 @@ from rlhf.labels import LABELS, import_labels, preference_record
 from rlhf.models import load_policy, load_tokenizer
 from rlhf.rejection_sampling import read_prompt_files, usable
 from rlhf.run import RunFolder
-from rlhf.sampler import position_limit, sample
+from rlhf.sampler import prompt_room, sample
 from rlhf.shards import read_shards, run_shards, shard_folder, weights_stamp
 
 Row = dict[str, Any]
@@ -67,9 +67,8 @@ class Worker:
     @property
     def room(self) -> int:
         """The longest prompt in tokens that leaves both variants room for a response."""
-        limits = [position_limit(policy) for policy, _, _ in self.variants]
-        longest = [limit - self.settings.max_new_tokens for limit in limits if limit is not None]
-        return min([self.settings.max_prompt_tokens, *longest])
+        new, longest = self.settings.max_new_tokens, self.settings.max_prompt_tokens
+        return min(prompt_room(policy, new, longest) for policy, _, _ in self.variants)
 
     def rows(self, prompts: list[Row], first: int) -> list[Row]:
         """One row a comparison of prompts first, first + 1, ...; where no usable pair was drawn, it has `skipped`."""

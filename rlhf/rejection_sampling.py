@@ -40,7 +40,7 @@ from rlhf.cli import entry, parse
 from rlhf.draw import sample_seeds
 from rlhf.models import load_policy, load_tokenizer
 from rlhf.run import RunFolder
-from rlhf.sampler import position_limit, sample
+from rlhf.sampler import prompt_room, sample
 from rlhf.selection import Picks, best_of_n_curve, best_of_n_kl, pick
 from rlhf.shards import read_shards, run_shards, shard_folder, weights_stamp
 
@@ -58,6 +58,13 @@ def read_prompt_files(files: list[str], chat_format: ChatFormat, max_tokens: int
     if not rows:
         raise UserError(f"prompt_files: no usable prompt in {files}")
     return rows
+
+
+def check_same_tokenizer(tokenizer: Any, path: str, field: str) -> None:
+    """UserError where a reward model would read the policy's ids as other tokens (its padding token may differ)."""
+    ours, theirs = (set(t.get_vocab().items()) for t in (tokenizer, load_tokenizer(path)))
+    if len(ours ^ theirs) > 2:  # a token added on one side, or one renamed
+        raise UserError(f"{field}: {path} has another tokenizer than the policy; it cannot score the policy's ids")
 
 
 def usable(chat_format: ChatFormat, prompt: list[dict[str, str]], text: str) -> bool:
@@ -90,6 +97,8 @@ class Worker:
         self.policy = load_policy(model, trainable=False).to(device)
         dtype = next(self.policy.parameters()).dtype
         paths = {"helpfulness": settings.helpfulness_model_path, "safety": settings.safety_model_path}
+        for name, path in paths.items():
+            check_same_tokenizer(tokenizer, path, f"{name}_model_path")
         self.reward_models = {name: load_reward_model(path, dtype=dtype).to(device) for name, path in paths.items()}
 
     def rows(self, prompts: list[Row], first: int) -> list[Row]:
@@ -240,12 +249,7 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
     folder = RunFolder(run.output_dir, resolved, stage="rejection_sampling")
     tokenizer = load_tokenizer(model.model_name_or_path)
     worker = Worker(settings, model, run.seed, tokenizer, state.device)
-    limit = position_limit(worker.policy)
-    room = (
-        settings.max_prompt_tokens
-        if limit is None
-        else min(settings.max_prompt_tokens, limit - settings.max_new_tokens)
-    )
+    room = prompt_room(worker.policy, settings.max_new_tokens, settings.max_prompt_tokens)
     prompts = read_prompt_files(settings.prompt_files, worker.chat, room, folder.path)
     prompts = prompts[: settings.max_prompts or None]
     # What the selection does later does not change the responses: another min_score samples nothing again.

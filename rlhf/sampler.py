@@ -215,6 +215,14 @@ def position_limit(model: Any) -> int | None:
     return getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
 
 
+def prompt_room(model: Any, max_new_tokens: int, max_prompt_tokens: int) -> int:
+    """The longest prompt in tokens that leaves room for a response, at most max_prompt_tokens; UserError without room."""
+    limit = position_limit(model)
+    if limit is not None and max_new_tokens >= limit:
+        raise UserError(f"max_new_tokens {max_new_tokens} leaves no room for a prompt in the model's {limit} positions")
+    return max_prompt_tokens if limit is None else min(max_prompt_tokens, limit - max_new_tokens)
+
+
 def check_lengths(model: Any, prompt_lengths: Sequence[int], max_new_tokens: int) -> None:
     """UserError, naming the longest offender, where a prompt is empty or leaves no room for max_new_tokens."""
     limit = position_limit(model)

@@ -1,0 +1,217 @@
+"""Rejection sampling end to end on throwaway models: what it keeps, what it reports, what a kill costs."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny_models import prompt_rows, save_tiny_policy, save_tiny_reward_model, write_rows
+from transformers import AutoModelForSequenceClassification, LlamaForCausalLM
+
+from configs.chat import load_chat_format
+from configs.errors import UserError
+from configs.records import read_dialogues
+from configs.rejection_settings import RejectionSettings
+from rlhf import rejection_sampling, shards
+from rlhf.models import load_tokenizer
+from rlhf.rejection_sampling import select, summarise
+from rlhf.simulation.people import draw_prompts
+
+K = 4
+
+
+def save_ending_policy(folder: Path) -> str:
+    """A random policy whose end token is likely enough that most responses end."""
+    path = save_tiny_policy(folder)
+    model = LlamaForCausalLM.from_pretrained(path)
+    with torch.no_grad():
+        model.lm_head.weight[2] *= 4
+    model.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def arguments(tmp_path_factory) -> dict[str, str]:
+    folder = tmp_path_factory.mktemp("models")
+    return {
+        "model_name_or_path": save_ending_policy(folder / "policy"),
+        "helpfulness_model_path": save_tiny_reward_model(folder / "helpfulness", seed=1),
+        "safety_model_path": save_tiny_reward_model(folder / "safety", seed=2),
+        "prompt_files": write_rows(folder / "prompts.jsonl", prompt_rows(10)),
+        "samples_per_prompt": str(K),
+        "max_new_tokens": "12",
+        "prompts_per_shard": "4",
+    }
+
+
+def run(arguments: dict[str, str], folder: Path, **extra: str) -> dict:
+    named = arguments | {"output_dir": str(folder)} | extra
+    return rejection_sampling.main([word for name, value in named.items() for word in (f"--{name}", value)])
+
+
+def rows_of(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.fixture(scope="module")
+def finished(arguments, tmp_path_factory) -> tuple[Path, dict]:
+    folder = tmp_path_factory.mktemp("run")
+    return folder, run(arguments, folder)
+
+
+def stored(folder: Path) -> list[dict]:
+    return [row for path in sorted(folder.glob("shards/*/*.jsonl")) for row in rows_of(path)]
+
+
+def test_best_is_the_first_maximum_of_scores_recomputed_from_the_stored_ids(arguments, finished):
+    folder, summary = finished
+    chat = load_chat_format(load_tokenizer(arguments["model_name_or_path"]))
+    models = {
+        name: AutoModelForSequenceClassification.from_pretrained(arguments[f"{name}_model_path"]).eval()
+        for name in ("helpfulness", "safety")
+    }
+    rows = stored(folder)
+    assert [row["index"] for row in rows] == list(range(10))
+    expected = []
+    for row in rows:
+        scores = []
+        for i, ids in enumerate(row["response_ids"]):
+            full = torch.tensor([chat.encode_prompt(row["prompt"]) + ids])
+            with torch.no_grad():
+                r = {name: float(model(full).logits) for name, model in models.items()}
+            assert r["helpfulness"] == pytest.approx(row["helpfulness"][i], abs=1e-4)
+            assert r["safety"] == pytest.approx(row["safety"][i], abs=1e-4)
+            # The rule in probabilities, as the paper has it: R_s where tagged or R_s < 0.15, else R_h.
+            safety_decides = row["is_safety"] or 1 / (1 + math.exp(-r["safety"])) < 0.15
+            scores.append(r["safety"] if safety_decides else r["helpfulness"])
+        np.testing.assert_allclose(row["combined"], scores, atol=1e-4)
+        allowed = [i for i in range(K) if row["finished"][i] and row["usable"][i]]
+        if allowed:
+            best = max(allowed, key=lambda i: row["combined"][i])
+            expected.append([*row["prompt"], {"role": "assistant", "content": row["responses"][best]}])
+    assert [row["messages"] for row in rows_of(folder / "best.jsonl")] == expected
+    assert summary["kept"] == len(expected) >= 5
+
+
+def test_outputs_are_dialogues_and_arrays_of_equal_size(finished):
+    folder, summary = finished
+    sizes = {len(read_dialogues(folder / f"{kind}.jsonl").rows) for kind in ("best", "median", "random")}
+    assert sizes == {summary["kept"]}
+    scores = np.load(folder / "scores.npz", allow_pickle=False)
+    assert scores["combined"].shape == scores["finished"].shape == (10, K)
+    assert scores["best"].shape == (10,)
+    assert json.loads((folder / "summary.json").read_text())["kept"] == summary["kept"]
+    assert summary["worst"]["combined"] <= summary["median"]["combined"] <= summary["best"]["combined"]
+    assert summary["best_of_n"]["combined"][0] == pytest.approx(scores["combined"].mean(), abs=1e-4)
+
+
+def fake_row(index: int, combined: list[float], **extra) -> dict:
+    size = len(combined)
+    row = {"index": index, "is_safety": False, "combined": combined, "helpfulness": combined, "safety": [0.0] * size}
+    row |= {"responses": list("abcdefgh"[:size]), "finished": [True] * size, "usable": [True] * size}
+    return row | extra
+
+
+def chosen_by(**extra) -> RejectionSettings:
+    return RejectionSettings(prompt_files=[], helpfulness_model_path="", safety_model_path="", **extra)
+
+
+def test_selection_and_summary_by_hand():
+    rows = [
+        fake_row(0, [1.0, 5.0, 3.0, 5.0], responses=["x", "y", "x", "z"], gold_helpfulness=[0.1, 0.2, 0.3, 0.4]),
+        fake_row(1, [9.0, 2.0, 4.0, 8.0], finished=[False, True, True, True], usable=[True, True, True, False],
+                 gold_helpfulness=[0.9, 0.5, 0.7, 0.9]),
+        fake_row(2, [0.0, 0.5, 0.9, 0.2], gold_helpfulness=[0.0] * 4),
+        fake_row(3, [1.0] * 4, finished=[False] * 4, gold_helpfulness=[0.0] * 4),
+    ]  # fmt: skip
+    settings = chosen_by(min_score=1.0)
+    picks, counts = select(rows, settings, seed=0)
+    assert picks["best"] == [1, 2, None, None]  # the first of two maxima; the best that may be kept; too low; none
+    assert picks["median"] == [2, 1, None, None]
+    assert picks["worst"] == [0, 1, None, None]
+    assert picks["random"][1] in (1, 2)
+    assert counts == {"prompts": 4, "kept": 2, "no_eligible": 1, "below_min_score": 1, "responses": 16,
+                      "duplicates": 1, "unfinished": 5, "unusable": 1}  # fmt: skip
+    summary = summarise(rows, picks, settings)
+    assert summary["best"]["combined"] == 4.5  # (5 + 4) / 2
+    assert summary["best"]["gold_helpfulness"] == pytest.approx(0.45)  # (0.2 + 0.7) / 2
+    assert summary["median"]["combined"] == 2.5
+    kept_all, counts = select(rows, chosen_by(keep_unfinished=True), seed=0)
+    assert kept_all["best"] == [1, 0, 2, 0]
+    assert counts["kept"] == 4
+
+
+def test_a_killed_run_continues_and_gives_the_same(arguments, finished, tmp_path, monkeypatch):
+    calls = []
+    rows = rejection_sampling.Worker.rows
+
+    def killed_at_the_third(self, prompts, first):
+        calls.append(first)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return rows(self, prompts, first)
+
+    monkeypatch.setattr(rejection_sampling.Worker, "rows", killed_at_the_third)
+    with pytest.raises(KeyboardInterrupt):
+        run(arguments, tmp_path)
+    assert not (tmp_path / "summary.json").exists()
+    run(arguments, tmp_path)
+    assert calls == [0, 4, 8, 8], "finished shards must not be sampled again"
+    folder = finished[0]
+    for name in ("best.jsonl", "median.jsonl", "random.jsonl"):
+        assert (tmp_path / name).read_text() == (folder / name).read_text()
+    run(arguments, tmp_path)
+    assert len(calls) == 4, "a complete run returns its summary"
+    run(arguments, tmp_path, min_score="-100")
+    assert len(calls) == 4, "another selection samples nothing"
+    run(arguments, tmp_path, seed="1")
+    assert len(calls) == 7, "other settings never take the old shards"
+
+
+def test_processes_share_the_shards_without_loss(tmp_path):
+    done = []
+
+    def work(items):
+        done.extend(items)
+        return [{"index": i} for i in items]
+
+    for process in range(3):
+        list(shards.run_shards(tmp_path, 10, 2, work, process, 3))
+    assert sorted(done) == list(range(10))
+    assert [row["index"] for row in shards.read_shards(tmp_path, 10, 2)] == list(range(10))
+    (tmp_path / "00003.jsonl").unlink()
+    with pytest.raises(FileNotFoundError):
+        shards.read_shards(tmp_path, 10, 2)
+
+
+def test_gold_scores_stand_beside_the_rewards(arguments, tmp_path):
+    prompts = write_rows(tmp_path / "world.jsonl", draw_prompts(0, 8))
+    summary = run(arguments, tmp_path / "run", prompt_files=prompts, gold="simulated", keep_unfinished="true")
+    assert 0.0 <= summary["best"]["gold_helpfulness"] <= 1.0
+    assert len(summary["best_of_n"]["gold_helpfulness"]) == K
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("samples_per_prompt", "0", "samples_per_prompt"),
+        ("temperature", "0", "temperature"),
+        ("safety_threshold", "1.5", "safety_threshold"),
+        ("max_new_tokens", "600", "max_new_tokens 600 leaves no room"),
+        ("max_new_tokens", "490", "prompt too long"),
+    ],
+)
+def test_bad_settings_are_refused(arguments, tmp_path, name, value, message):
+    with pytest.raises(UserError, match=message):
+        run(arguments, tmp_path, **{name: value})
+
+
+def test_a_reward_model_with_another_tokenizer_is_refused(arguments, tmp_path):
+    path = save_tiny_reward_model(tmp_path / "reward", seed=1)
+    tokenizer = load_tokenizer(path)
+    tokenizer.add_tokens(["one", "two", "three"])
+    tokenizer.save_pretrained(path)
+    with pytest.raises(UserError, match="safety_model_path: .* another tokenizer"):
+        run(arguments, tmp_path / "run", safety_model_path=path)
