@@ -63,6 +63,11 @@ def entry(main: Callable[[], Any]) -> None:
 
 def _make_parser(parser_type: type, dataclass_types: Iterable[type]) -> Any:
     class Parser(parser_type):
+        def add_argument(self, *names: str, **options: Any) -> Any:
+            if isinstance(options.get("help"), str):  # argparse would take a "%" in a field's help for a format
+                options["help"] = options["help"].replace("%%", "%").replace("%", "%%")
+            return super().add_argument(*names, **options)
+
         def error(self, message: str) -> typing.NoReturn:
             raise UserError(message)
 
@@ -143,9 +148,16 @@ def _checked(value: Any, kind: Any, where: str) -> Any:
         elif option is int and isinstance(value, bool):
             continue
         elif isinstance(value, option):
-            return value
+            return _checked_items(value, kind, where) if option is list else value
     names = " or ".join(str(o) if isinstance(o, tuple) else o.__name__ for o in options)
     raise UserError(f"{where} must be {names}, not {value!r} ({type(value).__name__})")
+
+
+def _checked_items(values: list[Any], kind: Any, where: str) -> list[Any]:
+    """Checks the items too where the hint is list[X] or list[X] | None."""
+    parts = [kind, *typing.get_args(kind)]
+    items = [typing.get_args(part)[0] for part in parts if typing.get_origin(part) is list and typing.get_args(part)]
+    return [_checked(value, items[0], f"{where}, item {n}") for n, value in enumerate(values, 1)] if items else values
 
 
 def _options(kind: Any) -> list[Any] | None:
