@@ -1,0 +1,301 @@
+"""The page `report.html` of a run of the recipe, and the columns of its table of stages.
+
+The page stands alone: plots are inline SVG, nothing is loaded from elsewhere, and all text that a model or a file could
+have written is escaped. What was not run or measured is named instead of shown.
+"""
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from matplotlib.figure import Figure
+
+from rlhf import plots
+from rlhf.summary import STAGES, read_json, read_rows, read_settings
+
+
+class Column(NamedTuple):
+    """One column of the table of stages."""
+
+    key: str
+    title: str
+    form: Callable[[float], str]
+    meaning: str
+
+
+SCORES = {"gold": "True score", "reward_helpfulness": "Helpfulness reward", "reward_safety": "Safety reward"}
+
+
+def _number(x: float) -> str:
+    return f"{x:.2f}"
+
+
+def _percent(x: float) -> str:
+    return f"{100 * x:.0f}%"
+
+
+COLUMNS = (
+    Column(
+        "gold_helpfulness",
+        "Helpful",
+        _number,
+        "how good sampled answers to harmless requests are, 0 to 1 (true, or gold, score)",
+    ),
+    Column("gold_helpfulness_greedy", "Helpful, greedy", _number, "the same, always taking the most likely next word"),
+    Column("unsafe_rate", "Unsafe", _percent, "risky requests that get an answer they should not get"),
+    Column("false_refusal_rate", "Refused", _percent, "harmless requests that only look risky, and are refused"),
+    Column("kl_nats", "Drift", _number, "how far answers moved from those of the SFT model (KL divergence, nats)"),
+    Column("response_tokens", "Length", lambda x: f"{x:.0f}", "tokens an answer"),
+    Column("seconds", "Seconds", lambda x: f"{x:.0f}", "what making this stage took"),
+)
+MORE_COLUMNS = (
+    Column("gold_safety", "Safe", _number, "how safe answers to risky requests are, 0 to 1 (true, or gold, score)"),
+    Column("reward_helpfulness", "Helpfulness reward", _number, "what the helpfulness reward model says (raw score)"),
+    Column("reward_safety", "Safety reward", _number, "what the safety reward model says (raw score)"),
+)
+
+
+def cell(stage: Mapping[str, Any], column: Column) -> tuple[str, str]:
+    """A figure and its interval as text; empty interval where there is none."""
+    value = stage.get(column.key)
+    if value is None:
+        return "–", ""
+    low, high = stage["ci95"].get(column.key) or (None, None)
+    return column.form(value), "" if low is None or high is None else f"{column.form(low)}–{column.form(high)}"
+
+
+def goal_texts(goal: Mapping[str, Any]) -> tuple[str, str]:
+    """(what was measured, target), in words."""
+    value, note = goal["value"], goal.get("note", "")
+    if value is None:
+        return note or "not measured", goal["target"]
+    shown = ", ".join(f"{x:.2f}" for x in value) if isinstance(value, list) else f"{value:.4g}"
+    return f"{shown} ({note})" if note else shown, goal["target"]
+
+
+# Dark and light by the reader's own setting; plots draw in the text colour.
+CSS = """
+:root { color-scheme: light dark; --text: #1c2128; --dim: #626b76; --line: #d5dae0; --back: #ffffff; --box: #f4f6f8; }
+@media (prefers-color-scheme: dark) {
+  :root { --text: #e3e7ec; --dim: #9aa4b0; --line: #3a424c; --back: #15181c; --box: #1e2329; }
+}
+body { color: var(--text); background: var(--back); font: 16px/1.5 system-ui, sans-serif; margin: 0; }
+main { max-width: 68rem; margin: 0 auto; padding: 1.5rem; }
+h1 { margin: 0; } h2 { margin: 2.5rem 0 .5rem; border-bottom: 1px solid var(--line); } h3 { margin: 1.5rem 0 .3rem; }
+p, figcaption { max-width: 46rem; } figcaption, .dim { color: var(--dim); font-size: .9rem; }
+figure { margin: 1rem 0; overflow-x: auto; } svg { width: 100%; min-width: 30rem; height: auto; display: block; }
+figure.narrow svg { max-width: 34rem; }
+.scroll { overflow-x: auto; } table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+th, td { padding: .35rem .5rem; text-align: left; border-bottom: 1px solid var(--line); vertical-align: top; }
+th { font-weight: 600; } td.number, th.number { text-align: right; }
+td small { display: block; color: var(--dim); white-space: nowrap; }
+.met { color: #2a8f5b; } .missed { color: #d4493f; font-weight: 600; }
+.said { background: var(--box); border-radius: .4rem; padding: .4rem .8rem; margin: .3rem 0; }
+.said { white-space: pre-wrap; overflow-wrap: anywhere; } td .said { min-width: 16rem; margin: 0; }
+pre { background: var(--box); padding: .8rem; overflow-x: auto; font-size: .85rem; }
+"""
+
+
+def page(output_dir: Path, summary: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]) -> str:
+    """The whole HTML page."""
+    met = sum(goal["met"] for goal in summary["goals"])
+    names = [plots.label(stage["name"]).replace("\n", " ") for stage in summary["stages"]]
+    sections = [
+        ("What each stage brought", _stages(summary)),
+        ("Goals", _goals(summary["goals"])),
+        ("Reward models", _reward_models(output_dir, summary)),
+        ("Scores by stage", _scores(output_dir)),
+        ("Rejection sampling", _rejection_sampling(output_dir)),
+        ("PPO", _ppo(output_dir)),
+        ("Ghost Attention", _ghost_attention(output_dir, summary)),
+        ("Sample dialogues", _samples(samples)),
+        ("Settings and environment", _settings(output_dir)),
+    ]
+    body = "\n".join(f"<section><h2>{title}</h2>\n{content}</section>" for title, content in sections)
+    return f"""<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
+<title>RLHF report: {escape(output_dir.name)}</title><style>{CSS}</style></head><body><main>
+<h1>Llama 2-Chat recipe: {escape(output_dir.name)}</h1>
+<p class="dim">{escape(", ".join(names) or "no stage")} in {summary["wall_seconds"]:.0f} seconds;
+{met} of {len(summary["goals"])} goals met.</p>
+{body}
+</main></body></html>
+"""
+
+
+def _missing(sentence: str) -> str:
+    return f'<p class="dim">{sentence}</p>'
+
+
+def _figure(figure: Figure | None, name: str, caption: str, missing: str, narrow: bool = False) -> str:
+    if figure is None:
+        return _missing(missing)
+    svg = plots.to_svg(figure, name, f"plot: {name}")
+    return f"<figure{' class=narrow' if narrow else ''}>{svg}<figcaption>{escape(caption)}</figcaption></figure>"
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]], numbers: range = range(0)) -> str:
+    """`rows` hold HTML; `numbers` are the columns set flush right."""
+
+    def line(cells: Sequence[str], tag: str) -> str:
+        right = ' class="number"'
+        return "".join(f"<{tag}{right if i in numbers else ''}>{c}</{tag}>" for i, c in enumerate(cells))
+
+    body = "".join(f"<tr>{line(row, 'td')}</tr>" for row in rows)
+    return f'<div class="scroll"><table><tr>{line(head, "th")}</tr>{body}</table></div>'
+
+
+def _stages(summary: Mapping[str, Any]) -> str:
+    if not summary["stages"]:
+        return _missing("No stage was evaluated in this run.")
+    columns = [*COLUMNS, *MORE_COLUMNS]
+    rows = []
+    for stage in summary["stages"]:
+        figures = [cell(stage, column) for column in columns]
+        cells = [figure + (f"<small>{interval}</small>" if interval else "") for figure, interval in figures]
+        rows.append([escape(plots.label(stage["name"])), *cells])
+    table = _table(["Stage", *(c.title for c in columns)], rows, range(1, len(columns) + 1))
+    meanings = "".join(f"<li><b>{c.title}</b>: {escape(c.meaning)}</li>" for c in columns)
+    gains = "".join(
+        f"<li>{escape(plots.label(c['before']))} to {escape(plots.label(c['after']))}, {escape(c['decoding'])}: "
+        f"<b>{c['difference']:+.3f}</b> ({c['ci95'][0]:+.3f} to {c['ci95'][1]:+.3f}, {c['prompts']} prompts)</li>"
+        for c in summary["comparisons"]
+    )
+    compared = (
+        f"<h3>Helpfulness gained, on the same prompts</h3><ul>{gains}</ul>"
+        if gains
+        else _missing("No two stages were scored on the same prompts, so none are compared.")
+    )
+    return f'{table}<p class="dim">Small figures: 95 % interval.</p><ul class="dim">{meanings}</ul>{compared}'
+
+
+def _goals(goals: Sequence[Mapping[str, Any]]) -> str:
+    marks = {True: '<span class="met">met</span>', False: '<span class="missed">missed</span>'}
+    rows = [[marks[goal["met"]], *(escape(text) for text in (goal["goal"], *goal_texts(goal)))] for goal in goals]
+    return _table(["", "Goal", "Measured", "Target"], rows)
+
+
+def _reward_models(output_dir: Path, summary: Mapping[str, Any]) -> str:
+    models = summary["reward_models"]
+    tables = {name: (read_json(output_dir / f"reward_{name}") or {}).get("calibration") or [] for name in models}
+    text = [
+        f"<li>{name.capitalize()}: right in {_percent(model['accuracy'])} of {model['test_pairs']} held-out pairs"
+        + (f"; the best possible is {_percent(model['ceiling'])}, because annotators err" if model["ceiling"] else "")
+        + "</li>"
+        for name, model in models.items()
+        if model and model["accuracy"] is not None
+    ]
+    return (
+        (f"<ul>{''.join(text)}</ul>" if text else "")
+        + _figure(
+            plots.accuracy_by_rating(models),
+            "accuracy",
+            "How often each reward model prefers the answer that the annotator preferred, by how much better it was "
+            "said to be. Dashed: what a perfect model would reach. Dotted: guessing. Thin lines: 95 % intervals.",
+            "No reward model with rated pairs was trained in this run.",
+        )
+        + _figure(
+            plots.calibration(tables),
+            "calibration",
+            "How sure a reward model is against how often it is right; on the dotted line the two agree. Larger dots: "
+            "more pairs.",
+            "Calibration was not measured in this run.",
+            narrow=True,
+        )
+    )
+
+
+def _scores(output_dir: Path) -> str:
+    panels: dict[str, dict[str, list[float]]] = {}
+    for name, folders in STAGES.items():
+        for row in read_rows(output_dir / folders.evaluation, "responses.jsonl"):
+            model = "safety" if row.get("is_safety") else "helpfulness"
+            title = "Safety model, risky requests" if row.get("is_safety") else "Helpfulness model, other requests"
+            scores = [x for x in row.get(f"reward_{model}") or [] if x is not None]
+            panels.setdefault(title, {}).setdefault(name, []).extend(scores)
+    threshold = read_settings(output_dir / "ppo").get("safety_threshold")
+    raw = math.log(threshold / (1 - threshold)) if threshold and 0 < threshold < 1 else None
+    return _figure(
+        plots.score_distributions(dict(sorted(panels.items())), raw),
+        "scores",
+        "Raw scores of sampled answers to held-out requests; the dot is the mean. "
+        + ("Left of the dotted line the safety score alone decides the reward of PPO." if raw is not None else ""),
+        "No stage was scored by a reward model in this run.",
+    )
+
+
+def _rejection_sampling(output_dir: Path) -> str:
+    return _figure(
+        plots.best_of_k(read_json(output_dir / "rejection_sampling") or {}),
+        "best-of-k",
+        "What choosing brings: mean score of the answer with the highest combined reward among n answers. Lines "
+        "across: the median, a random and the worst answer of all that were drawn.",
+        "There was no rejection sampling in this run.",
+    )
+
+
+def _ppo(output_dir: Path) -> str:
+    return _figure(
+        plots.ppo_curves(read_rows(output_dir / "ppo", "metrics.jsonl")),
+        "ppo",
+        "PPO as it went: the reward it maximises, and the KL divergence from the reference policy that it pays for. "
+        "Where true helpfulness falls while the reward rises, the policy exploits the reward model.",
+        "There was no PPO in this run.",
+    )
+
+
+def _ghost_attention(output_dir: Path, summary: Mapping[str, Any]) -> str:
+    settings = read_settings(output_dir / "gatt_trained")
+    count = (summary["gatt"]["trained"] or summary["gatt"]["baseline"] or {}).get("dialogues")
+    about = f" {count} dialogues" if count else ""
+    about += f" at temperature {settings['eval_temperature']}" if settings.get("eval_temperature") is not None else ""
+    too = " and answer the question too" if settings.get("answer_check") == "gold" else ""
+    return _figure(
+        plots.persistence(summary["gatt"]),
+        "gatt",
+        "The first message of a dialogue gives an instruction; the plot tells how many replies still follow it, turn "
+        f"by turn{too}." + (f" Measured over{about}." if about else "") + " Bands: 95 % intervals.",
+        "Ghost Attention was not measured in this run.",
+    )
+
+
+def _samples(samples: Sequence[Mapping[str, Any]]) -> str:
+    if not samples:
+        return _missing("No sampled answers were found in this run.")
+    parts = []
+    for sample in samples:
+        said = "".join(
+            f'<div class="said"><span class="dim">{escape(m["role"])}</span>\n{escape(m["content"])}</div>'
+            for m in sample["messages"]
+        )
+        rows = [
+            [
+                escape(plots.label(answer["stage"])),
+                f'<div class="said">{escape(answer["text"]) or "(empty)"}</div>',
+                *("–" if (s := answer[key]) is None else f"{s:.2f}" for key in SCORES),
+            ]
+            for answer in sample["answers"]
+        ]
+        table = _table(["Stage", "Answer", *SCORES.values()], rows, range(2, 5)) if rows else ""
+        parts.append(f"<h3>{escape(sample['title'])}</h3>{said}{table}")
+    return (
+        "".join(parts)
+        + '<p class="dim">The first prompt of each kind, with the first answer drawn at temperature 1.</p>'
+    )
+
+
+def _settings(output_dir: Path) -> str:
+    folders = sorted(path.parent for path in output_dir.glob("*/settings.yaml"))
+    parts = []
+    for folder in folders:
+        text = (folder / "settings.yaml").read_text(encoding="utf-8")
+        parts.append(f"<details><summary>{escape(folder.name)}</summary><pre>{escape(text)}</pre></details>")
+    environments = [found for folder in folders if (found := read_json(folder, "environment.json"))]
+    if environments:
+        text = json.dumps(environments[0], indent=2, ensure_ascii=False)
+        parts.append(f"<details><summary>environment</summary><pre>{escape(text)}</pre></details>")
+    return "".join(parts) or _missing("No stage wrote its settings.")
