@@ -209,9 +209,9 @@ One JSON object a line in `gatt.jsonl`:
 - `messages`: conversational, as TRL's SFTTrainer reads it (with `assistant_only_loss=True`);
 - `train_on`: `all` (loss on every reply) or `last` (on the last reply only; for TRL, split it off as `completion`);
 - `instruction`: kind, value, both wordings, the wording and slot used; null in plain rows;
-- `source`: `{GATT}`; `{INSTRUCTED}` and `{PLAIN}`, single turns of the same policy; `{REPLAY}`, mixed in.
+- `source`: `{GATT}`; `{INSTRUCTED}` and `{PLAIN}`, single turns of that policy; `{REPLAY}`, mixed in.
 
-A trainer that shortens dialogues must not drop their first turn: it holds the instruction. No sampled row is longer than
+A trainer that shortens dialogues must not drop their first turn: it holds the instruction. No sampled row exceeds
 {settings["max_length"]} tokens in the chat format it was made with.
 
 ## Measured
