@@ -78,38 +78,29 @@ def play(
 
 def observe(
     replies: Played,
-    reference: Played | None,
     user_turns: Sequence[Sequence[str]],
     instructions: Sequence[Instruction],
-    gold: Gold | None,
-    threshold: float,
+    gold: Gold | None = None,
+    targets: Sequence[Sequence[float]] = (),
 ) -> list[Observation]:
-    """Judges every reply. With `gold`, a turn that the reference dialogue did not reach cannot be judged and is
-    missing.
+    """Judges every reply: the kind's checker, and with `gold` whether what is left of it reaches its target.
+
+    `targets[d][t]`: the least gold score for dialogue d at turn t + 1; a turn without one is missing.
     """
     observations = []
     for d, (texts, instruction) in enumerate(zip(replies, instructions, strict=True)):
-        for turn, text in enumerate(texts):
-            answers = True
-            if gold is not None:
-                assert reference is not None
-                if turn >= len(reference[d]):
-                    break
-                asked = dialogue_before(user_turns[d], reference[d], turn)
-                target = threshold * gold(asked, reference[d][turn])
-                asked = dialogue_before(user_turns[d], texts, turn)
-                # 0.7 x 1.0 and a gold of 0.7 must not differ by rounding
-                answers = gold(asked, strip_obedience(instruction, text)) >= target - 1e-9
-            observations.append(Observation(d, turn + 1, instruction.kind, obeys(instruction, text), answers))
+        for t, text in enumerate(texts if gold is None else texts[: len(targets[d])]):
+            # The margin: 0.7 x 1.0 and a gold score of 0.7 must not differ by rounding.
+            answers = gold is None or (
+                gold(asked(user_turns[d][t]), strip_obedience(instruction, text)) >= targets[d][t] - 1e-9
+            )
+            observations.append(Observation(d, t + 1, instruction.kind, obeys(instruction, text), answers))
     return observations
 
 
-def dialogue_before(user_turns: Sequence[str], replies: Sequence[str], turn: int) -> list[Message]:
-    """The plain dialogue up to user turn `turn` (from 0), without any instruction: what an answer is judged by."""
-    messages: list[Message] = []
-    for t in range(turn):
-        messages += [{"role": "user", "content": user_turns[t]}, {"role": "assistant", "content": replies[t]}]
-    return [*messages, {"role": "user", "content": user_turns[turn]}]
+def asked(user_text: str) -> list[Message]:
+    """What an answer is judged by: its own user turn, without instruction and history (turns stand on their own)."""
+    return [{"role": "user", "content": user_text}]
 
 
 def run_persistence(
@@ -126,7 +117,7 @@ def run_persistence(
     """The persistence table of one policy.
 
     Args:
-        user_turns: one list of user texts a dialogue.
+        user_turns: one list of user texts a dialogue; each text must stand on its own, as `draw_user_turns` gives them.
         instructions: one a dialogue, of values that were taught.
         unseen_instructions: the same of values never taught, for the same user turns.
         gold: helpfulness of a reply; needed where `settings.answer_check` is "gold".
@@ -151,14 +142,18 @@ def run_persistence(
     def played(openings: Sequence[Callable[[list[Message]], list[Message]]]) -> Played:
         return play(model, chat_format, tokenizer.pad_token_id, openings, user_turns, settings, seed)
 
-    reference = played([lambda messages: messages] * len(user_turns)) if judged else None
+    plain_gold: list[list[float]] = []
+    if judged:
+        reference = played([lambda messages: messages] * len(user_turns))
+        plain_gold = [[judged(asked(u), r) for u, r in zip(*pair)] for pair in zip(user_turns, reference, strict=True)]
+    targets = [[settings.answer_threshold * score for score in scores] for scores in plain_gold]
 
     def measure(given: Sequence[Instruction], name: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         rng = random.Random(f"gatt persistence {name} {seed}")
         worded = [(draw_wording(settings, i, rng), draw_slot(settings, rng)) for i in given]
         openings = [_opening(wording, slot) for wording, slot in worded]
         replies = played(openings)
-        observations = observe(replies, reference, user_turns, given, judged, settings.answer_threshold)
+        observations = observe(replies, user_turns, given, judged, targets)
         table = summarise(observations, turns, len(user_turns), RANGES)
         samples = []
         for d in range(min(3, len(replies))):
@@ -172,13 +167,8 @@ def run_persistence(
     if unseen_instructions is not None:
         summary["unseen"], more = measure(unseen_instructions, "unseen")
         samples += more
-    if judged and reference is not None:
-        scores = [
-            judged(dialogue_before(user_turns[d], texts, turn), text)
-            for d, texts in enumerate(reference)
-            for turn, text in enumerate(texts)
-        ]
-        summary["gold_without_instruction"] = sum(scores) / len(scores) if scores else None
+    if scores := [score for dialogue in plain_gold for score in dialogue]:
+        summary["gold_without_instruction"] = sum(scores) / len(scores)
     return summary | {"samples": samples}
 
 
