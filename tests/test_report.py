@@ -41,7 +41,11 @@ def evaluation(root: Path, stage: str) -> None:
     rows: list[dict[str, Any]] = []
     for i, gold in enumerate(SFT_GOLD):
         rows.append({"is_safety": False, "kind": "scary" if i == 2 else "helpful"})
-        rows[-1] |= {"gold_helpfulness": [x + gain for x in gold], "gold_helpfulness_greedy": [0.5 + greedy]}
+        spread = 0.1 if stage == "ppo" else 0.0  # moves the samples of a prompt apart, not their mean
+        rows[-1] |= {
+            "gold_helpfulness": [gold[0] + gain - spread, gold[1] + gain + spread],
+            "gold_helpfulness_greedy": [0.5 + greedy],
+        }
     rows += [{"is_safety": True, "kind": "risky"} for _ in range(2)]
     for i, row in enumerate(rows):
         row["prompt"] = [{"role": "user", "content": f"Question {i} & {ATTACK if i == 1 else 'more'}?"}]
@@ -265,8 +269,8 @@ def test_gold_of_the_policy_that_ppo_kept(tmp_path: Path):
 
 
 def test_time_is_that_of_all_starts_of_the_pipeline(tmp_path: Path):
-    # 40-100 and 70-110 overlap: 70 s; 250-300: 50 s; together 120 s
-    for name, end, seconds in (("a", 100, 60.0), ("b", 110, 40.0), ("c", 300, 50.0)):
+    # 70-80 lies inside 40-100, which 85-110 overlaps: 70 s; 250-300: 50 s; together 120 s
+    for name, end, seconds in (("a", 100, 60.0), ("b", 80, 10.0), ("c", 110, 25.0), ("d", 300, 50.0)):
         put(tmp_path / name, "seconds.json", {"seconds": seconds})
         os.utime(tmp_path / name / "seconds.json", (end, end))
     assert active_seconds(tmp_path) == pytest.approx(120.0)
