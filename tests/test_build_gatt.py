@@ -215,7 +215,7 @@ class Forgetful:
             if row == 1 and turn == 5:
                 drafts.append(Draft("", "too_long"))
             elif parsed and turn <= self.holds:
-                drafts.append(Draft(f"I am {parsed[0].value}." + ("" if turn == 2 and row == 0 else " yes.")))
+                drafts.append(Draft(f"I am {parsed[0].value}." + ("" if turn == 2 and row == 0 else " yes, sir.")))
             else:
                 drafts.append(Draft("yes."))
         return drafts
@@ -228,7 +228,7 @@ def persistence(monkeypatch, answer_check="gold", **more):
     tokenizer = type("T", (), {"pad_token_id": 3})()
     given = more.pop("instructions", [KINDS["figure"].make(v) for v in ("Napoleon", "Mozart", "Homer", "Dante")])
     turns = more.pop("user_turns", turns)
-    gold = more.pop("gold", lambda messages, reply: 1.0 if reply.endswith("yes.") else 0.0)
+    gold = more.pop("gold", lambda messages, reply: 1.0 if reply.startswith("yes") else 0.0)
     return evaluate_gatt.run_persistence(None, tokenizer, None, turns, given, settings, gold=gold, **more)
 
 
@@ -251,10 +251,12 @@ def test_an_answer_is_compared_with_the_reply_without_the_instruction(monkeypatc
 
     def gold(messages, reply):
         asked.append(messages)
-        return 0.5 if reply == "yes." else 0.35 if reply.endswith("yes.") else 0.0
+        return {"yes.": 0.5, "yes, sir.": worth}.get(reply, 0.0)
 
-    table = persistence(monkeypatch, gold=gold)
-    assert table["1"] == 1.0  # stripped, the reply is "yes."
+    worth = 0.35  # 0.7 of the plain reply's 0.5; the sentence that only obeys is left out before
+    assert persistence(monkeypatch, gold=gold)["1"] == 1.0
+    worth = 0.34
+    assert persistence(monkeypatch, gold=gold)["1"] == 0.0
     assert all("act as" not in m["content"] and "Figure" not in m["content"] for messages in asked for m in messages)
 
 
