@@ -54,11 +54,22 @@ def test_simulated_annotator_gives_two_data_sets_split_by_prompt(arguments, tmp_
 
 
 def test_pairs_differ_and_depend_on_neither_shards_nor_batches(arguments, tmp_path):
-    run(arguments, tmp_path / "one")
-    run(arguments, tmp_path / "two", prompts_per_shard="7", token_budget="300")
+    # One prompt, so that only the seeds can make the comparisons differ.
+    prompts = write_rows(tmp_path / "prompts.jsonl", draw_prompts(3, 1) * 5)
+    run(arguments, tmp_path / "one", prompt_files=prompts, pairs_per_prompt="4")
+    run(
+        arguments,
+        tmp_path / "two",
+        prompt_files=prompts,
+        pairs_per_prompt="4",
+        prompts_per_shard="2",
+        token_budget="99",
+    )
     one, two = ({row["id"]: row for row in stored(tmp_path / name)} for name in ("one", "two"))
     assert one == two
     assert all(row["response_a"] != row["response_b"] for row in one.values() if "skipped" not in row)
+    texts = [row["response_a"] for row in one.values() if "skipped" not in row]
+    assert len(set(texts)) > 0.9 * len(texts), "each comparison must have its own seeds"
     assert {tuple(row["variants"]) for row in one.values() if "skipped" not in row} == {(0, 1), (1, 0)}
 
 
@@ -75,6 +86,21 @@ def test_equal_texts_are_drawn_again_then_left_out_and_counted(arguments, tmp_pa
     summary = run(arguments, tmp_path, max_resamples="2")
     assert [a for a in attempts if a[0] < 2] == [(0, 0), (1, 0), (0, 1), (1, 1), (0, 2)]
     assert (summary["pairs"], summary["skipped_identical"], summary["resampled"]) == (39, 1, 1)
+
+
+def test_each_draw_of_a_pair_has_its_own_seed(arguments, tmp_path, monkeypatch):
+    seeds: list[int] = []
+    sample = collect_preferences.sample
+
+    def recorded(*positional, **named):
+        seeds.extend(named["seed"])
+        return sample(*positional, **named)
+
+    monkeypatch.setattr(collect_preferences, "sample", recorded)
+    monkeypatch.setattr(collect_preferences, "usable", lambda *_: False)
+    with pytest.raises(UserError, match="no prompt gave two different responses .*'skipped_unusable': 40"):
+        run(arguments, tmp_path, max_resamples="1")
+    assert len(set(seeds)) == len(seeds) == 40 * 2 * 2  # prompts, sides, attempts
 
 
 def test_two_models_are_two_variants(arguments, tmp_path):

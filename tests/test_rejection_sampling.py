@@ -74,7 +74,7 @@ def test_best_is_the_first_maximum_of_scores_recomputed_from_the_stored_ids(argu
     }
     rows = stored(folder)
     assert [row["index"] for row in rows] == list(range(10))
-    expected = []
+    expected, medians = [], []
     for row in rows:
         scores = []
         for i, ids in enumerate(row["response_ids"]):
@@ -90,8 +90,11 @@ def test_best_is_the_first_maximum_of_scores_recomputed_from_the_stored_ids(argu
         allowed = [i for i in range(K) if row["finished"][i] and row["usable"][i]]
         if allowed:
             best = max(allowed, key=lambda i: row["combined"][i])
+            median = sorted(allowed, key=lambda i: row["combined"][i])[(len(allowed) - 1) // 2]
             expected.append([*row["prompt"], {"role": "assistant", "content": row["responses"][best]}])
+            medians.append([*row["prompt"], {"role": "assistant", "content": row["responses"][median]}])
     assert [row["messages"] for row in rows_of(folder / "best.jsonl")] == expected
+    assert [row["messages"] for row in rows_of(folder / "median.jsonl")] == medians
     assert summary["kept"] == len(expected) >= 5
 
 
@@ -168,6 +171,13 @@ def test_a_killed_run_continues_and_gives_the_same(arguments, finished, tmp_path
     assert len(calls) == 4, "another selection samples nothing"
     run(arguments, tmp_path, seed="1")
     assert len(calls) == 7, "other settings never take the old shards"
+
+
+def test_samples_depend_on_neither_shards_nor_batches(arguments, finished, tmp_path):
+    run(arguments, tmp_path, prompts_per_shard="3", token_budget="200")
+    ours, theirs = ([row["response_ids"] for row in stored(folder)] for folder in (tmp_path, finished[0]))
+    assert ours == theirs
+    assert len({str(ids) for row in ours for ids in row}) > 35, "each sample must have its own seed"
 
 
 def test_processes_share_the_shards_without_loss(tmp_path):

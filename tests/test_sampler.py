@@ -9,7 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from configs.errors import UserError
 from configs.sampling_settings import SamplingSettings
-from rlhf import sampler
+from rlhf import decoding
 from rlhf.draw import draw, sample_seeds, splitmix64, truncate, uniforms
 from rlhf.sampler import DialogueSession, sample
 
@@ -160,7 +160,7 @@ def test_a_sample_depends_on_its_own_seed_only(model, monkeypatch):
     prompts = ragged_prompts(10)
     whole = run(model, prompts, k=4, max_new_tokens=16, seed=7)
     one_by_one = run(model, prompts, k=4, max_new_tokens=16, seed=7, max_rows=3)
-    monkeypatch.setattr(sampler, "CPU_FEED_TOKENS", 20)  # the prompts are fed in several forwards
+    monkeypatch.setattr(decoding, "CPU_FEED_TOKENS", 20)  # the prompts are fed in several forwards
     tight = run(model, prompts, k=4, max_new_tokens=16, seed=7, token_budget=150)
     assert whole.response_ids == one_by_one.response_ids == tight.response_ids
     # The seeds it reports reproduce a part of it alone.
@@ -173,19 +173,19 @@ def test_a_sample_depends_on_its_own_seed_only(model, monkeypatch):
 
 def test_a_prompt_is_computed_once_for_its_samples_and_finished_rows_leave(model, monkeypatch):
     widths = []
-    forward = sampler._forward
+    forward = decoding._forward
 
     def recorded(model, cache, ids, *rest):
         widths.append(ids.shape)
         return forward(model, cache, ids, *rest)
 
-    monkeypatch.setattr(sampler, "_forward", recorded)
+    monkeypatch.setattr(decoding, "_forward", recorded)
     batch = run(model, ragged_prompts(3), k=20, max_new_tokens=40)
     assert widths[0][0] == 3
     assert all(shape[1] == 1 for shape in widths[1:])
     steps = [sum(len(ids) > step + 1 for ids in batch.response_ids) for step in range(len(widths) - 1)]
     for (rows, _), needed in zip(widths[1:], steps, strict=True):
-        assert needed <= rows <= needed / (1 - sampler.SHRINK_SHARE) + 1
+        assert needed <= rows <= needed / (1 - decoding.SHRINK_SHARE) + 1
 
 
 def test_modes_come_back_and_lora_is_active(model):
@@ -230,7 +230,7 @@ def test_settings_out_of_range_name_the_field(settings):
 @pytest.mark.parametrize("feed_tokens", [1024, 40])
 def test_session_equals_prefilling_the_whole_dialogue(model, monkeypatch, feed_tokens):
     """Ragged turns, greedy: each reply equals generate on the full history; cut replies are closed by the stop id."""
-    monkeypatch.setattr(sampler, "CPU_FEED_TOKENS", feed_tokens)
+    monkeypatch.setattr(decoding, "CPU_FEED_TOKENS", feed_tokens)
     settings = SamplingSettings(temperature=0.0, max_new_tokens=7)
     session = DialogueSession(model, PAD, [STOP], max_length=256)
     histories: list[list[int]] = [[] for _ in range(9)]
@@ -249,10 +249,42 @@ def test_session_equals_prefilling_the_whole_dialogue(model, monkeypatch, feed_t
     assert session._mask.shape[-1] < 2 * max(map(len, histories)) + 40, "holes must be squeezed out"
 
 
-def test_session_refuses_a_dialogue_past_its_limit_and_draws_anew_each_turn(model):
-    settings = SamplingSettings(max_new_tokens=8, temperature=2.0)
-    session = DialogueSession(model, PAD, [STOP], max_length=40)
+def test_session_squeezes_out_holes(model):
+    """Each turn another dialogue has the long message, so most of every row is holes; the replies stay exact."""
+    settings = SamplingSettings(temperature=0.0, max_new_tokens=3)
+    session = DialogueSession(model, PAD, [STOP], max_length=256)
+    histories: list[list[int]] = [[] for _ in range(6)]
+    for turn in range(12):
+        new = [[5 + (turn + d) % 30] * (25 if turn % 6 == d else 1) for d in range(6)]
+        replies = session.reply(new, settings)
+        for history, ids, reply in zip(histories, new, replies, strict=True):
+            history.extend(ids)
+            prompt = torch.tensor([history])
+            expected = model.generate(prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=3)
+            assert reply == expected[0, len(history) :].tolist()
+            history.extend(reply if reply[-1] == STOP else [*reply, STOP])
+    columns, widest = session._mask.shape[-1], max(map(len, histories))
+    assert columns <= 3.5 * widest, "without squeezing, 12 turns of 25 + 3 columns would be more"
+    assert session._cache is not None
+    assert session._cache.filled < 12 * 28 - 60
+
+
+def test_session_draws_anew_each_turn(model):
+    """Logits that ignore the history: only the random numbers can make two turns differ."""
+    flat = copy.deepcopy(model)
+    torch.nn.init.zeros_(flat.lm_head.weight)
+    session = DialogueSession(flat, PAD, [STOP], max_length=256)
+    settings = SamplingSettings(max_new_tokens=12)
     first, second = session.reply([[5], [5]], settings, seed=3), session.reply([[5], [5]], settings, seed=3)
     assert len({tuple(ids) for ids in first + second}) == 4
+    again = DialogueSession(flat, PAD, [STOP], max_length=256)
+    assert again.reply([[5], [5]], settings, seed=3) == first
+
+
+def test_session_refuses_a_dialogue_past_its_limit(model):
+    settings = SamplingSettings(max_new_tokens=8)
+    session = DialogueSession(model, PAD, [STOP], max_length=40)
+    session.reply([[5], [5]], settings)
+    session.reply([[5], [5]], settings)
     with pytest.raises(UserError, match="dialogue 0, turn 3: .* the limit is 40"):
         session.reply([[5] * 30, [5]], settings)
