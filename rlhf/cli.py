@@ -71,8 +71,7 @@ def _make_parser(parser_type: type, dataclass_types: Iterable[type]) -> Any:
         def error(self, message: str) -> typing.NoReturn:
             raise UserError(message)
 
-    # allow_abbrev would read --learn as --learning_rate; a typo should be an error.
-    return Parser(tuple(dataclass_types), allow_abbrev=False)
+    return Parser(tuple(dataclass_types))
 
 
 def _fields(dataclass_types: Iterable[type]) -> dict[str, Any]:
@@ -115,6 +114,7 @@ def _load_yaml(path: str) -> dict[str, Any]:
 
 
 def _check_flags(words: list[str], fields: dict[str, Any]) -> None:
+    """Refuses unknown flags, abbreviations too: argparse by itself would read --learn as --learning_rate."""
     known = set(fields) | {f"no_{name}" for name in fields} | {"help"}
     for word in words:
         if word.startswith("--") and word != "--":

@@ -9,6 +9,7 @@ from tiny_models import tiny_tokenizer
 
 from configs.chat import (
     SPECIAL_TAGS,
+    ChatFormat,
     ChatFormatError,
     Encoded,
     check_messages,
@@ -275,6 +276,37 @@ def test_a_templates_control_tokens_are_refused(tag):
 def test_bad_dialogues_name_the_message(messages, last, error):
     with pytest.raises(ChatFormatError, match=error):
         check_messages(messages, last)
+
+
+class Pieces(ChatFormat):
+    """Longest piece first, and a blank before every text, as SentencePiece adds one. Ids are places in `pieces`."""
+
+    def __init__(self, *pieces):
+        super().__init__(tiny_tokenizer())
+        self.pieces = pieces
+
+    def _encode_text(self, text):
+        text, ids = " " + text, []
+        while text:
+            piece = max((p for p in self.pieces if text.startswith(p)), key=len)
+            ids.append(self.pieces.index(piece))
+            text = text[len(piece) :]
+        return ids
+
+    def _decode_text(self, ids):
+        return "".join(self.pieces[i] for i in ids)
+
+
+def test_a_reply_never_changes_the_ids_of_its_prompt():
+    # Whole text " x] ab" gives " x", "]", " a", "b": the prompt's ids stay, so the reply's are the rest.
+    assert Pieces(" ", "a", "b", "]", " x", " a")._continue("x]", [4, 3], " ab") == [5, 2]
+    # With a piece "] " over the border the reply is encoded by itself; its own blank is the one that is added (id 5).
+    assert Pieces(" ", "a", "b", "]", " x", " a", "] ")._continue("x]", [4, 3], " ab") == [5, 2]
+    # No blank to take away: "a" would become " a", which is another text.
+    with pytest.raises(ChatFormatError, match="cannot encode 'ab' after 'x]' without changing the prompt's ids"):
+        Pieces(" ", "a", "b", "]", " x", " a", "]a")._continue("x]", [4, 3], "ab")
+    # Encoded alone, "a" would be " a": the ids must come from the whole text.
+    assert Pieces(" ", "a", "b", "]", " x", " a")._continue("x]", [4, 3], "a") == [1]
 
 
 TEXT = st.text(alphabet=st.sampled_from("ab \n\t.[]/<|>é😀 SYINTs"), min_size=1, max_size=12).filter(

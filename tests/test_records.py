@@ -299,7 +299,8 @@ def test_no_prompt_is_in_two_splits(texts, fraction, seed):
     assert sorted(row["n"] for row in train + held_out) == list(range(len(rows)))  # none lost, none twice
     assert not {first_user_turn(row) for row in train} & {first_user_turn(row) for row in held_out}
     # A file split by itself agrees with the whole, whatever the shape of its rows.
-    again = [{"messages": [*row["prompt"], assistant("x")]} for row in held_out]
+    later = [assistant("x"), user("y"), assistant("z")]
+    again = [{"messages": [{"role": "system", "content": "s"}, *row["prompt"], *later]} for row in held_out]
     assert split_by_prompt(again, fraction, seed) == ([], again)
 
 
