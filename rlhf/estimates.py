@@ -1,0 +1,41 @@
+"""Estimates with 95 % intervals [pure]."""
+
+import math
+
+import numpy as np
+
+Z95 = 1.959963984540054
+
+
+def mean_with_interval(values: list[float] | np.ndarray) -> tuple[float, float]:
+    """Mean and the half-width of its normal 95 % interval; the half-width is 0 for one value, both are nan for none."""
+    x = np.asarray(values, dtype=np.float64)
+    if x.size == 0:
+        return math.nan, math.nan
+    return float(x.mean()), float(Z95 * x.std(ddof=1) / math.sqrt(x.size)) if x.size > 1 else 0.0
+
+
+def share_with_interval(successes: int, n: int) -> tuple[float, tuple[float, float]]:
+    """A share and its Wilson 95 % interval (sensible at 0 and at n, unlike the normal one); nan for n = 0."""
+    if n == 0:
+        return math.nan, (math.nan, math.nan)
+    p, z2 = successes / n, Z95**2
+    centre = (p + z2 / (2 * n)) / (1 + z2 / n)
+    half = Z95 * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n)) / (1 + z2 / n)
+    return p, (max(0.0, centre - half), min(1.0, centre + half))
+
+
+def paired_bootstrap(
+    before: list[float], after: list[float], draws: int = 10_000, seed: int = 0
+) -> tuple[float, tuple[float, float]]:
+    """Mean of `after - before` over the same prompts and its percentile bootstrap 95 % interval.
+
+    Raises ValueError where the two lists differ in length or are empty.
+    """
+    if len(before) != len(after) or not before:
+        raise ValueError(f"a paired comparison needs equally many values, got {len(before)} and {len(after)}")
+    difference = np.asarray(after, dtype=np.float64) - np.asarray(before, dtype=np.float64)
+    rng = np.random.default_rng(seed)
+    means = np.array([difference[rng.integers(0, difference.size, difference.size)].mean() for _ in range(draws)])
+    low, high = np.percentile(means, [2.5, 97.5])
+    return float(difference.mean()), (float(low), float(high))

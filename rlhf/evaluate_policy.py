@@ -1,0 +1,171 @@
+"""Evaluates a policy on held-out prompts: what it says, how good, how safe, how far from the SFT policy.
+
+    accelerate launch rlhf/evaluate_policy.py --config configs/<run>.yaml --model_name_or_path runs/x/ppo/model
+
+At temperature 1 and greedily: both reward scores, response length, and where the simulated world's gold scores apply
+gold helpfulness (over the prompts that are not risky), gold safety and the unsafe rate (over the risky ones) and the
+rate of false refusals (over the benign prompts that look unsafe), each with a 95 % interval. KL to the SFT policy in
+nats per response. Every response with its scores goes to `responses.jsonl`, one row a prompt in the order of the
+files, so that two policies can be compared prompt by prompt (`rlhf.estimates.paired_bootstrap`).
+"""
+
+import sys
+from pathlib import Path
+
+if __package__ in (None, ""):
+    sys.path[0] = str(Path(__file__).resolve().parents[1])  # launched by path, Python puts rlhf/ first
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from configs.chat import load_chat_format
+from configs.errors import UserError
+from configs.evaluate_settings import EvaluateSettings
+from configs.model_settings import ModelSettings
+from configs.records import read_prompts, write_jsonl
+from configs.sampling_settings import SamplingSettings
+from reward.combine import combined_reward
+from reward.model import load_reward_model
+from reward.scorer import score_ids
+from rlhf.cli import entry, parse
+from rlhf.estimates import mean_with_interval, share_with_interval
+from rlhf.losses import token_logprobs
+from rlhf.models import load_policy, load_tokenizer
+from rlhf.roles import Sequences, unwrap
+from rlhf.run import RunFolder
+from rlhf.sampler import sample
+from rlhf.simulation.annotator import SAFE_FROM
+from rlhf.simulation.world import gold_helpfulness, gold_safety, is_refusal
+
+IdLists = Sequence[Sequence[int]]
+
+
+@torch.inference_mode()
+def response_logprobs(model: Any, prompts: IdLists, responses: IdLists, token_budget: int = 8192) -> Tensor:
+    """Sum over each response of log pi(token), in nats: float32 [N] on the CPU, for N prompts and responses of ids."""
+    causal = unwrap(model)
+    device = next(causal.parameters()).device
+    sequences = Sequences.build(prompts, responses, device)
+    sums_N = torch.zeros(len(prompts))
+    for rows_M in sequences.micro_batches(range(len(prompts)), token_budget):
+        hidden_ND, targets_N = sequences.hidden(getattr(causal, causal.base_model_prefix), rows_M)
+        logprobs_N, _ = token_logprobs(hidden_ND, causal.get_output_embeddings().weight, targets_N)
+        sums_N[rows_M.cpu()] = sequences.scatter([(rows_M, logprobs_N)])[rows_M].sum(1).cpu()
+    return sums_N
+
+
+def respond(
+    model: Any, chat: Any, records: list[dict[str, Any]], sampling: SamplingSettings, k: int, seed: int, pad_id: int
+) -> tuple[list[list[int]], list[list[int]], list[str]]:
+    """Samples k responses a prompt: (prompt ids, response ids, finish reasons), each of length len(records) * k."""
+    prompts = [chat.encode_prompt(record["prompt"]) for record in records]
+    batch = sample(model, prompts, k, sampling, stop_ids=chat.stop_ids, pad_id=pad_id, seed=seed)
+    return [ids for ids in prompts for _ in range(k)], batch.response_ids, batch.finish_reasons
+
+
+def gold_scores(records: list[dict[str, Any]], texts: list[str]) -> dict[str, list[float]]:
+    """Gold values of one response a record, only for the records that each is defined on."""
+    pairs = list(zip(records, texts, strict=True))
+    risky = [(r, t) for r, t in pairs if r["is_safety"]]
+    scary = [(r, t) for r, t in pairs if r.get("kind") == "scary"]
+    safety = [gold_safety(r["prompt"], t) for r, t in risky]
+    return {
+        "helpfulness": [gold_helpfulness(r["prompt"], t) for r, t in pairs if not r["is_safety"]],
+        "safety": safety,
+        "unsafe": [float(s < SAFE_FROM) for s in safety],
+        "false_refusal": [float(is_refusal(t)) for _, t in scary],
+    }
+
+
+def _figure(summary: dict[str, Any], name: str, values: list[float], share: bool = False) -> None:
+    """Adds a mean and its interval [low, high] to a summary; nothing where there are no values."""
+    if not values:
+        return
+    if share:
+        mean, interval = share_with_interval(int(sum(values)), len(values))
+    else:
+        mean, half = mean_with_interval(values)
+        interval = (mean - half, mean + half)
+    summary[name] = round(mean, 4)
+    summary["ci95"][name] = [round(x, 4) for x in interval]
+
+
+def evaluate(settings: EvaluateSettings, run: RunFolder) -> dict[str, Any]:
+    """Samples, scores and writes; returns the summary."""
+    device = "cuda" if torch.cuda.is_available() and not settings.use_cpu else "cpu"
+    tokenizer = load_tokenizer(settings.model_name_or_path)
+    chat = load_chat_format(tokenizer, settings.chat_format)
+    records = [row for file in settings.prompt_files for row in read_prompts(file, chat_format=chat).rows]
+    if not records:
+        raise UserError(f"prompt_files: no usable prompt in {settings.prompt_files}")
+
+    def load(path: str) -> Any:
+        model_settings = ModelSettings(model_name_or_path=path, dtype=settings.dtype)
+        return load_policy(model_settings, trainable=False).to(device)
+
+    policy = load(settings.model_name_or_path)
+    summary: dict[str, Any] = {"prompts": len(records), "ci95": {}}
+    rows: list[dict[str, Any]] = [
+        {"prompt": r["prompt"], "is_safety": r["is_safety"], "kind": r.get("kind")} for r in records
+    ]
+    decodings = {"sampled": (1.0, settings.samples_per_prompt), "greedy": (0.0, 1)}
+    for decoding, (temperature, k) in decodings.items():
+        sampling = SamplingSettings(temperature=temperature, max_new_tokens=settings.max_new_tokens)
+        prompts, responses, reasons = respond(policy, chat, records, sampling, k, settings.seed, tokenizer.pad_token_id)
+        texts = [chat.decode_response(ids) for ids in responses]
+        repeated = [record for record in records for _ in range(k)]
+        suffix = "" if decoding == "sampled" else "_greedy"
+        for i, row in enumerate(rows):
+            row[f"responses{suffix}"] = texts[i * k : (i + 1) * k]
+        _figure(summary, f"response_tokens{suffix}", [float(len(ids)) for ids in responses])
+        summary[f"finished{suffix}"] = round(sum(reason == "stop" for reason in reasons) / len(reasons), 4)
+        if settings.gold == "simulated":
+            gold = gold_scores(repeated, texts)
+            for name, share in (("helpfulness", False), ("safety", False), ("unsafe", True), ("false_refusal", True)):
+                label = f"{name}_rate" if share else f"gold_{name}"
+                _figure(summary, label + suffix, gold[name], share)
+            values = iter(gold["helpfulness"])
+            for row in rows:
+                if not row["is_safety"]:
+                    row[f"gold_helpfulness{suffix}"] = [next(values) for _ in range(k)]
+        raw: dict[str, Tensor] = {}
+        for name in ("helpfulness", "safety"):
+            if path := getattr(settings, f"{name}_model_path"):
+                reward_model = load_reward_model(path).to(device)
+                raw[name] = score_ids(reward_model, [[*p, *r] for p, r in zip(prompts, responses, strict=True)])
+                _figure(summary, f"reward_{name}{suffix}", raw[name].tolist())
+                for i, row in enumerate(rows):
+                    row[f"reward_{name}{suffix}"] = [round(x, 4) for x in raw[name][i * k : (i + 1) * k].tolist()]
+        if len(raw) == 2:
+            is_safety = torch.tensor([record["is_safety"] for record in repeated])
+            _figure(
+                summary,
+                f"reward_combined{suffix}",
+                combined_reward(raw["safety"], raw["helpfulness"], is_safety).tolist(),
+            )
+        if settings.sft_model_path and decoding == "sampled":
+            reference = load(settings.sft_model_path)
+            kl = response_logprobs(policy, prompts, responses) - response_logprobs(reference, prompts, responses)
+            _figure(summary, "kl_nats", kl.tolist())
+    write_jsonl(Path(settings.output_dir) / "responses.jsonl", rows)
+    run.samples(0, rows[:8])
+    return summary
+
+
+def main(args: list[str] | None = None) -> dict[str, Any]:
+    """Runs one evaluation; returns its summary."""
+    (settings,) = parse(EvaluateSettings, args=args)
+    if completed := RunFolder.completed(settings.output_dir, asdict(settings)):
+        return completed
+    run = RunFolder(settings.output_dir, asdict(settings), stage="evaluate_policy")
+    summary = evaluate(settings, run)
+    run.finish(summary)
+    return summary
+
+
+if __name__ == "__main__":
+    entry(main)

@@ -1,0 +1,225 @@
+"""The whole recipe as one YAML: stages run in the order of their needs; a finished stage is not run again.
+
+    accelerate launch rlhf/pipeline.py --config configs/demo.yaml --output_dir runs/demo --seed 0
+
+A stage in the YAML is `{name, run, needs, settings}`: `run` is a script of this folder without `.py`, `needs` are
+names of stages before it, `settings` its fields. `${output_dir}`, `${seed}` and `${root}` (the repository) are filled
+in. Every stage writes `<output_dir>/<name>/` with its settings as `stage.yaml`, so each can be run again by itself
+with `accelerate launch rlhf/<run>.py --config <output_dir>/<name>/stage.yaml`.
+
+All mains run in one program, because importing the libraries costs many seconds. With `parallel_stages: n` (CPU only)
+up to n stages whose needs are met run at once, each in a forked process on its share of the cores.
+"""
+
+import sys
+from pathlib import Path
+
+if __package__ in (None, ""):
+    sys.path[0] = str(Path(__file__).resolve().parents[1])  # launched by path, Python puts rlhf/ first
+
+import importlib
+import json
+import multiprocessing
+import os
+import time
+import traceback
+from dataclasses import dataclass, field
+from string import Template
+from typing import Any
+
+import yaml
+from rich.console import Console
+
+from configs.errors import UserError
+from rlhf.cli import entry, parse
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@dataclass
+class PipelineSettings:
+    """Settings of a pipeline run."""
+
+    stages: list[dict[str, Any]] = field(
+        default_factory=list, metadata={"help": "stages: {name, run, needs, settings}"}
+    )
+    output_dir: str = field(default="runs/demo", metadata={"help": "folder that gets one folder a stage"})
+    seed: int = field(default=0, metadata={"help": "seed of every stage, as ${seed}"})
+    parallel_stages: int = field(
+        default=1, metadata={"help": "stages that may run at once (forked processes, CPU only)"}
+    )
+    report: str = field(
+        default="", metadata={"help": "module in rlhf/ whose main(output_dir) writes summary and report at the end"}
+    )
+
+    def __post_init__(self) -> None:
+        if self.parallel_stages < 1:
+            raise UserError(f"parallel_stages is {self.parallel_stages}; it must be at least 1")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage, settings filled in."""
+
+    name: str
+    run: str
+    needs: tuple[str, ...]
+    settings: dict[str, Any]
+    folder: Path
+
+    @property
+    def done(self) -> bool:
+        """True where the stage has written its summary for these settings."""
+        if not (self.folder / "summary.json").exists() or not (self.folder / "stage.yaml").exists():
+            return False
+        return yaml.safe_load((self.folder / "stage.yaml").read_text()) == self.settings
+
+
+def _fill(value: Any, names: dict[str, str]) -> Any:
+    if isinstance(value, str):
+        filled = Template(value).safe_substitute(names)
+        return yaml.safe_load(filled) if filled != value and filled.lstrip("-").isdigit() else filled
+    if isinstance(value, list):
+        return [_fill(item, names) for item in value]
+    if isinstance(value, dict):
+        return {key: _fill(item, names) for key, item in value.items()}
+    return value
+
+
+def read_stages(settings: PipelineSettings) -> list[Stage]:
+    """Checks the list of stages and fills it in.
+
+    Raises UserError for no stages, a missing or doubled name, an unknown script, a key that no stage has, or a need
+    that is not a stage before it.
+    """
+    if not settings.stages:
+        raise UserError("the pipeline has no stages; give --config with a list `stages:` (see configs/demo.yaml)")
+    names = {"output_dir": settings.output_dir, "seed": str(settings.seed), "root": str(ROOT)}
+    stages: list[Stage] = []
+    for i, row in enumerate(settings.stages):
+        where = f"stage {i + 1} of the pipeline"
+        if not isinstance(row, dict) or not {"name", "run"} <= row.keys():
+            raise UserError(f"{where} needs the keys `name` and `run`, got: {row}")
+        if unknown := row.keys() - {"name", "run", "needs", "settings"}:
+            raise UserError(
+                f"{where} ({row['name']}) has unknown keys {sorted(unknown)}; use name, run, needs, settings"
+            )
+        if (
+            not (ROOT / "rlhf" / f"{row['run']}.py").exists()
+            and not (ROOT / "rlhf" / row["run"].replace(".", "/")).with_suffix(".py").exists()
+        ):
+            raise UserError(f"{where} ({row['name']}) runs '{row['run']}', but there is no rlhf/{row['run']}.py")
+        before = [stage.name for stage in stages]
+        if row["name"] in before:
+            raise UserError(f"{where} has the name '{row['name']}' of an earlier stage; names must differ")
+        if missing := [need for need in row.get("needs", []) if need not in before]:
+            raise UserError(f"{where} ({row['name']}) needs {missing}, not among the stages before it: {before}")
+        folder = Path(settings.output_dir) / row["name"]
+        filled = _fill(row.get("settings") or {}, names) | {"output_dir": str(folder), "seed": settings.seed}
+        stages.append(Stage(row["name"], row["run"], tuple(row.get("needs", [])), filled, folder))
+    return stages
+
+
+def _run_stage(stage: Stage) -> None:
+    stage.folder.mkdir(parents=True, exist_ok=True)
+    config = stage.folder / "stage.yaml"
+    config.write_text(yaml.safe_dump(stage.settings, sort_keys=False))
+    started = time.time()
+    importlib.import_module(f"rlhf.{stage.run}").main(["--config", str(config)])
+    (stage.folder / "seconds.json").write_text(json.dumps({"seconds": round(time.time() - started, 1)}))
+
+
+def _run_forked(stage: Stage, log: Path) -> None:
+    """Body of a forked process: output goes to the stage's log; a user's mistake ends it with one line."""
+    with log.open("a", buffering=1) as out:
+        os.dup2(out.fileno(), 1)
+        os.dup2(out.fileno(), 2)
+        try:
+            _run_stage(stage)
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(2)
+        except BaseException:
+            traceback.print_exc()
+            sys.exit(1)
+
+
+def run_stages(stages: list[Stage], parallel: int, console: Console) -> None:
+    """Runs the stages that are not done; a stage starts when all that it needs is done.
+
+    Raises UserError with the end of the log where a stage fails; stages already running are waited for.
+    """
+    done = {stage.name for stage in stages if stage.done}
+    for stage in stages:
+        if stage.name in done and any(need not in done for need in stage.needs):
+            done.discard(stage.name)  # what it was made from is made anew
+    for name in [stage.name for stage in stages if stage.name in done]:
+        console.print(f"[dim]{name}: complete, not run again[/dim]")
+    waiting = [stage for stage in stages if stage.name not in done]
+    if parallel == 1:
+        for i, stage in enumerate(waiting):
+            console.print(f"[bold]{stage.name}[/bold] ({i + 1} of {len(waiting)}) ...")
+            _run_stage(stage)
+        return
+    for run in {stage.run for stage in waiting}:
+        importlib.import_module(f"rlhf.{run}")  # imported once, before the forks, which share it
+    _run_parallel(waiting, done, parallel, console)
+
+
+def _run_parallel(waiting: list[Stage], done: set[str], parallel: int, console: Console) -> None:
+    import torch
+
+    torch.set_num_threads(1)  # a thread pool does not survive a fork, and small models gain nothing from one
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    context = multiprocessing.get_context("fork")
+    running: dict[str, tuple[Any, Stage, float]] = {}
+    failed: tuple[Stage, int] | None = None
+    started, total = time.time(), len(waiting)
+    while running or (waiting and not failed):
+        for stage in list(waiting):
+            if not failed and len(running) < parallel and all(need in done for need in stage.needs):
+                waiting.remove(stage)
+                stage.folder.mkdir(parents=True, exist_ok=True)
+                process = context.Process(target=_run_forked, args=(stage, stage.folder / "log.txt"), name=stage.name)
+                process.start()
+                running[stage.name] = (process, stage, time.time())
+                console.print(f"{time.time() - started:6.0f} s  {stage.name}: started")
+        time.sleep(0.2)
+        for name, (process, stage, since) in list(running.items()):
+            if process.exitcode is None:
+                continue
+            del running[name]
+            if process.exitcode:
+                failed = failed or (stage, process.exitcode)
+                console.print(f"[red]{time.time() - started:6.0f} s  {name}: failed[/red]")
+                continue
+            done.add(name)
+            console.print(
+                f"{time.time() - started:6.0f} s  [green]{name}: done[/green] in {time.time() - since:.0f} s "
+                f"({total - len(waiting) - len(running)} of {total})"
+            )
+    if failed:
+        stage, _ = failed
+        tail = "\n".join((stage.folder / "log.txt").read_text().splitlines()[-15:])
+        raise UserError(
+            f"stage {stage.name} failed; the end of {stage.folder / 'log.txt'}:\n{tail}\n"
+            "Start the same command again to continue."
+        )
+
+
+def main(args: list[str] | None = None) -> dict[str, Any]:
+    """Runs the pipeline; returns the summary of the report module, or {}."""
+    (settings,) = parse(PipelineSettings, args=args)
+    stages = read_stages(settings)
+    console = Console(highlight=False)
+    started = time.time()
+    console.print(f"[bold]{len(stages)} stages[/bold] -> {settings.output_dir}")
+    run_stages(stages, settings.parallel_stages, console)
+    if not settings.report:
+        return {}
+    report = importlib.import_module(f"rlhf.{settings.report}")
+    return report.write(Path(settings.output_dir), wall_seconds=round(time.time() - started, 1), console=console)
+
+
+if __name__ == "__main__":
+    entry(main)

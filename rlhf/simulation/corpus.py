@@ -1,0 +1,149 @@
+"""The base corpus of the simulated world: plain documents, no dialogue format and no instruction.
+
+Kinds of documents: facts, question-and-answer pages (every family, so that a base model knows what it is later asked
+about), sums, scenes with people and things, notes that come back word for word much later, and scripts in which a
+speaker keeps a saying. The last two make the long-range copying that language models learn from repeated names and
+quotations.
+"""
+
+import random
+from collections.abc import Iterator
+
+from gatt.instructions import FIGURES, HOBBIES, KINDS, WORDS, values_of
+from rlhf.simulation import vocabulary as v
+from rlhf.simulation.families import FAMILIES, Request, article, capital
+from rlhf.simulation.people import good_answer
+from rlhf.simulation.world import Risk
+
+ALL_WORDS = (*FIGURES, *HOBBIES, *WORDS)
+# A saying is close to an instruction, so scripts keep to the values that instructions may use.
+SAYINGS = tuple(value for kind in KINDS for value in values_of(kind, "train"))
+VERBS = ("likes", "sees", "wants", "keeps", "finds", "draws", "loves", "sells")
+
+
+def _facts(rng: random.Random) -> str:
+    parts = []
+    for _ in range(rng.randint(4, 14)):
+        family = rng.choice(tuple(FAMILIES.values()))
+        if family.name in ("owner", "list", "reverse"):
+            continue
+        slots = family.draw(rng)
+        parts.append(
+            " ".join([*family.core(slots)[0], *family.detail(slots)])
+            if rng.random() < 0.6
+            else family.core(slots)[-1][0]
+        )
+    return " ".join(parts)
+
+
+def _questions(rng: random.Random) -> str:
+    lines = []
+    for _ in range(rng.randint(3, 12)):
+        if rng.random() < 0.12:
+            category = rng.choice(tuple(v.RISKS))
+            risk = Risk(category, rng.choice(v.RISKS[category]["objects"]))
+            question = rng.choice(v.RISKS[category]["questions"]).format(x=risk.obj)
+            lines.append(f"Question: {question} Answer: {' '.join(rng.choice((risk.comply, risk.refusal)))}")
+            continue
+        family = rng.choice(tuple(FAMILIES.values()))
+        slots = family.draw(rng)
+        answer = good_answer(rng, Request(family, slots), detail=rng.random() < 0.4)
+        lines.append(f"Question: {rng.choice(family.questions(slots))} Answer: {answer}")
+    return "\n".join(lines)
+
+
+def _scene(rng: random.Random) -> str:
+    people = rng.sample(v.PEOPLE, rng.randint(2, 5))
+    things = {p: (rng.choice(v.COLOURS), rng.choice(v.THINGS)) for p in people}
+    parts = [f"{p} has {article(c)} {t}." for p, (c, t) in things.items()]
+    for p in rng.sample(people, len(people)):
+        colour, thing = things[p]
+        parts.append(rng.choice((f"The {colour} {thing} belongs to {p}.", f"{p} has {article(colour)} {thing}.")))
+    return " ".join(parts)
+
+
+def _tale(rng: random.Random) -> str:
+    """Sentences that use the instruction values as ordinary words."""
+    parts = []
+    for _ in range(rng.randint(4, 12)):
+        a, b = rng.choice(FIGURES), rng.choice((*WORDS, *HOBBIES))
+        kind = rng.random()
+        if kind < 0.4:
+            parts.append(f"{a} {rng.choice(VERBS)} the {rng.choice(WORDS)}.")
+        elif kind < 0.7:
+            parts.append(f"{a} and {rng.choice(v.PEOPLE)} talk about {b}.")
+        else:
+            parts.append(f"The {rng.choice(WORDS)} is near the {rng.choice(WORDS)}.")
+    return " ".join(parts)
+
+
+def _filler(rng: random.Random) -> str:
+    return rng.choice((_facts, _questions, _scene, _tale))(rng)
+
+
+def _notes(rng: random.Random) -> str:
+    """Random phrases under a name each; later the names come back and the phrases with them."""
+    names = rng.sample((*v.COLOURS, *v.THINGS), rng.randint(1, 4))
+    notes = {name: " ".join(rng.choices(ALL_WORDS, k=rng.randint(1, 4))) for name in names}
+    parts = [f"Note {name}: {phrase}." for name, phrase in notes.items()]
+    for _ in range(rng.randint(1, 5)):
+        if rng.random() < 0.7:
+            parts.append(_filler(rng))
+        name = rng.choice(names)
+        parts.append(f"Note {name}: {notes[name]}.")
+    return "\n".join(parts)
+
+
+def _script(rng: random.Random) -> str:
+    """A cast with a saying each, then lines that keep them to the end of the script."""
+    cast = {person: rng.choice(SAYINGS) for person in rng.sample(v.PEOPLE, rng.choice((1, 1, 2)))}
+    place = {person: rng.choice(("begins", "ends")) for person in cast}
+    head = " ".join(f"{person} {place[person]} every line with {word}." for person, word in cast.items())
+    lines = []
+    for _ in range(rng.randint(4, 22) if rng.random() < 0.9 else rng.randint(30, 60)):
+        person = rng.choice(tuple(cast))
+        family = rng.choice(tuple(FAMILIES.values()))
+        text = " ".join(
+            family.core(slots := family.draw(rng))[0] + (family.detail(slots) if rng.random() < 0.3 else [])
+        )
+        word = cast[person]
+        lines.append(f"{person}: {word}. {text}" if place[person] == "begins" else f"{person}: {text} {word}.")
+    return "\n".join([head, *lines])
+
+
+def _echo(rng: random.Random) -> str:
+    """A random phrase said over and over: what teaches a model to copy (induction heads) in the first place."""
+    phrase = " ".join(rng.choices((*ALL_WORDS, *v.COLOURS, *v.THINGS, *v.PEOPLE), k=int(2 ** rng.uniform(0, 4.5))))
+    return " ".join([phrase] * max(2, 48 // len(phrase.split()))) + "."
+
+
+def _quotes(rng: random.Random) -> str:
+    """People who say one word each, asked for it again and again with other sentences between."""
+    says = {person: rng.choice(ALL_WORDS) for person in rng.sample(v.PEOPLE, rng.choice((1, 1, 2, 3)))}
+    parts = [f"{person} says {word}." for person, word in says.items()]
+    for _ in range(rng.randint(2, 8)):
+        if rng.random() < 0.5:
+            parts.append(_sentence(rng))
+        person = rng.choice(tuple(says))
+        asked = rng.choice(("What does {p} say? {w}.", "{p} says {w}.", "The word of {p} is {w}.", "{p} again: {w}."))
+        parts.append(asked.format(p=person, w=says[person]))
+    return " ".join(parts)
+
+
+def _sentence(rng: random.Random) -> str:
+    family = rng.choice(tuple(FAMILIES.values()))
+    return " ".join(family.core(family.draw(rng))[0])
+
+
+def _sayings(rng: random.Random) -> str:
+    """One phrase that opens a text and closes each of its paragraphs."""
+    phrase = capital(" ".join(rng.choices(ALL_WORDS, k=rng.randint(1, 3))))
+    return "\n".join(f"{phrase}. {_filler(rng)}" for _ in range(rng.randint(2, 5)))
+
+
+def documents(seed: int) -> Iterator[str]:
+    """An endless stream of documents."""
+    rng = random.Random(seed)
+    kinds = (_facts, _questions, _scene, _tale, _echo, _quotes, _notes, _script, _sayings)
+    while True:
+        yield rng.choices(kinds, (1, 3, 2, 0.5, 4, 4, 1.5, 3, 0.7))[0](rng)

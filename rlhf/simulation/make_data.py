@@ -1,0 +1,79 @@
+"""Writes the simulated world's files for one pipeline run: demonstrations and the prompts of every stage.
+
+    accelerate launch rlhf/simulation/make_data.py --output_dir runs/world
+
+No prompt is in two files: the training files never draw the values, objects and families that evaluation uses, and the
+prompts of the training files are dealt out once.
+"""
+
+import sys
+from pathlib import Path
+
+if __package__ in (None, ""):
+    sys.path[0] = str(Path(__file__).resolve().parents[2])  # launched by path, Python puts this folder first
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from configs.records import write_jsonl
+from rlhf.cli import entry, parse
+from rlhf.run import RunFolder
+from rlhf.simulation.people import HELD_OUT_FAMILIES, Mix, draw_demonstrations, draw_prompts
+
+SINGLE_TURNS = Mix(risky=0, scary=0.1, multi_turn=0, instructed=0)
+
+
+@dataclass
+class WorldSettings:
+    """How much of the simulated world to write."""
+
+    output_dir: str = field(default="runs/world", metadata={"help": "folder to write into"})
+    seed: int = field(default=0, metadata={"help": "seed of everything drawn"})
+    demonstrations: int = field(default=9000, metadata={"help": "demonstration dialogues for SFT"})
+    preference_prompts: int = field(default=6000, metadata={"help": "prompts for the comparisons"})
+    rl_prompts: int = field(default=6000, metadata={"help": "prompts for rejection sampling and PPO"})
+    validation_prompts: int = field(default=256, metadata={"help": "prompts that choose PPO's checkpoint"})
+    evaluation_prompts: int = field(default=640, metadata={"help": "prompts with held-out values for the evaluation"})
+    gatt_prompts: int = field(
+        default=3000, metadata={"help": "single user turns to build Ghost Attention dialogues from"}
+    )
+    family_prompts: int = field(default=100, metadata={"help": "prompts of the held-out families"})
+
+
+def main(args: list[str] | None = None) -> dict[str, Any]:
+    """Writes the files; returns their row counts."""
+    (settings,) = parse(WorldSettings, args=args)
+    run = RunFolder(settings.output_dir, asdict(settings), stage="make_data")
+    base = 1_000_003 * (settings.seed + 1)
+    pool_size = settings.preference_prompts + settings.rl_prompts + settings.validation_prompts
+    pool = draw_prompts(base + 1, pool_size)
+    cuts = (settings.preference_prompts, settings.preference_prompts + settings.rl_prompts)
+    # One fixed evaluation set for every seed, so that runs can be compared; demonstrations and prompts differ by seed.
+    evaluation = draw_prompts(
+        77, settings.evaluation_prompts, mix=Mix(risky=0.25, scary=0.15, instructed=0.1), evaluation=True
+    )
+    files = {
+        "demonstrations": draw_demonstrations(base, settings.demonstrations),
+        "preference_prompts": pool[: cuts[0]],
+        "rl_prompts": pool[cuts[0] : cuts[1]],
+        "validation_prompts": pool[cuts[1] :],
+        "evaluation_prompts": evaluation,
+        "gatt_prompts": draw_prompts(base + 2, settings.gatt_prompts, mix=SINGLE_TURNS),
+        "gatt_evaluation_prompts": draw_prompts(79, 400, mix=SINGLE_TURNS, evaluation=True),
+        "family_prompts": draw_prompts(
+            78,
+            settings.family_prompts,
+            mix=Mix(risky=0, scary=0, multi_turn=0, instructed=0),
+            evaluation=True,
+            families=HELD_OUT_FAMILIES,
+        ),
+    }
+    for name, rows in files.items():
+        write_jsonl(Path(settings.output_dir) / f"{name}.jsonl", rows)
+    counts = {name: len(rows) for name, rows in files.items()}
+    run.finish(counts)
+    return counts
+
+
+if __name__ == "__main__":
+    entry(main)

@@ -1,0 +1,85 @@
+"""The pipeline: order, what is run again, forks, what a mistake in the YAML says. Stages here only write prompts."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from rich.console import Console
+
+from configs.errors import UserError
+from rlhf.pipeline import PipelineSettings, main, read_stages, run_stages
+
+SMALL = {
+    "demonstrations": 2, "preference_prompts": 2, "rl_prompts": 2, "validation_prompts": 1, "evaluation_prompts": 2,
+    "gatt_prompts": 2, "family_prompts": 1,
+}  # fmt: skip
+
+
+def stage(name: str, needs: tuple[str, ...] = (), **settings) -> dict:
+    return {"name": name, "run": "simulation.make_data", "needs": list(needs), "settings": SMALL | settings}
+
+
+def config(folder: Path, stages: list[dict], **fields) -> list[str]:
+    path = folder / "pipeline.yaml"
+    path.write_text(yaml.safe_dump({"stages": stages, "output_dir": str(folder / "out"), **fields}))
+    return ["--config", str(path)]
+
+
+def finished(folder: Path) -> dict[str, int]:
+    return {path.parent.name: path.stat().st_mtime_ns for path in (folder / "out").glob("*/summary.json")}
+
+
+@pytest.mark.parametrize("parallel", [1, 2])
+def test_a_complete_stage_is_not_run_again_and_a_changed_one_is(tmp_path, parallel):
+    stages = [stage("a"), stage("b", ("a",)), stage("c")]
+    args = config(tmp_path, stages, parallel_stages=parallel)
+    main(args)
+    first = finished(tmp_path)
+    assert set(first) == {"a", "b", "c"}
+    main(args)
+    assert finished(tmp_path) == first
+    stages[0]["settings"]["rl_prompts"] = 3
+    main(config(tmp_path, stages, parallel_stages=parallel))
+    again = finished(tmp_path)
+    assert again["c"] == first["c"]
+    assert again["a"] > first["a"]
+    assert again["b"] > first["b"]  # b was made from a
+
+
+def test_settings_are_filled_in(tmp_path):
+    stages = [
+        stage("a"),
+        {"name": "b", "run": "sft", "needs": ["a"], "settings": {"train_files": ["${output_dir}/a/x-${seed}.jsonl"]}},
+    ]
+    made = read_stages(PipelineSettings(stages=stages, output_dir=str(tmp_path), seed=7))
+    assert made[1].settings == {"train_files": [f"{tmp_path}/a/x-7.jsonl"], "output_dir": f"{tmp_path}/b", "seed": 7}
+
+
+@pytest.mark.parametrize(
+    ("stages", "message"),
+    [
+        ([], "no stages"),
+        ([{"name": "a"}], "keys `name` and `run`"),
+        ([stage("a") | {"setings": {}}], "unknown keys"),
+        ([{"name": "a", "run": "train_policy"}], "no rlhf/train_policy.py"),
+        ([stage("a"), stage("a")], "name 'a' of an earlier stage"),
+        ([stage("a", ("b",)), stage("b")], "not among the stages before it"),
+    ],
+)
+def test_a_wrong_list_of_stages_is_named(stages, message):
+    with pytest.raises(UserError, match=message):
+        read_stages(PipelineSettings(stages=stages))
+
+
+@pytest.mark.parametrize("parallel", [1, 2])
+def test_a_failing_stage_stops_what_needs_it_and_names_the_reason(tmp_path, parallel):
+    bad = stage("bad")
+    bad["settings"]["demonstratons"] = 3
+    stages = read_stages(
+        PipelineSettings(stages=[stage("good"), bad, stage("after", ("bad",))], output_dir=str(tmp_path))
+    )
+    with pytest.raises(UserError, match="did you mean `demonstrations`"):
+        run_stages(stages, parallel, Console(quiet=True))
+    assert json.loads((tmp_path / "good" / "summary.json").read_text())["demonstrations"] == 2
+    assert not (tmp_path / "after").exists()
