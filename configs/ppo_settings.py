@@ -57,6 +57,10 @@ class PPOSettings:
 
     eval_steps: int = field(default=10, metadata={"help": "Iterations between held-out evaluations."})
     eval_prompts: int = field(default=256, metadata={"help": "Held-out prompts used, from the top of the file."})
+    gold: str = field(
+        default="none",
+        metadata={"help": "simulated: log the simulated world's gold scores at held-out evaluations; chooses nothing."},
+    )
     save_best: bool = field(
         default=False, metadata={"help": "Keep the policy with the best held-out reward - beta * KL as the result."}
     )
@@ -71,6 +75,8 @@ class PPOSettings:
             raise UserError(f"reference_model: {self.reference_model!r} is neither `sft` nor `start`")
         if self.value_model not in ("helpfulness", "policy"):
             raise UserError(f"value_model: {self.value_model!r} is neither `helpfulness` nor `policy`")
+        if self.gold not in ("simulated", "none"):
+            raise UserError(f"gold: {self.gold!r} is neither `simulated` nor `none`")
         if self.reference_model == "sft" and not self.sft_model_path:
             raise UserError("reference_model: sft needs sft_model_path")
         if self.batch_size % self.mini_batch_size:

@@ -98,15 +98,16 @@ class Run:
         """This process's share of the responses; seeds belong to prompts, so processes do not change them."""
         rank, processes = self.accelerator.process_index, self.accelerator.num_processes
         size = -(-len(prompts) // processes)
-        own = list(prompts[rank * size : (rank + 1) * size]) or [prompts[0]]
+        filled = [*prompts, *[prompts[0]] * (size * processes - len(prompts))]  # `gathered` drops the surplus
+        own = filled[rank * size : (rank + 1) * size]
         seeds = sample_seeds(seed, len(own), first=rank * size)
         return collect(self.roles, own, self.ppo, self.chat_format, self.tokenizer.pad_token_id, seeds,
                        self.accelerator.device, with_values)  # fmt: skip
 
-    def mean(self, *columns: torch.Tensor) -> list[float]:
-        """Means of [B] tensors over the responses of all processes."""
+    def gathered(self, count: int, *columns: torch.Tensor) -> torch.Tensor:
+        """[count, len(columns)] float32: [B] tensors of all processes' responses, in the order of their prompts."""
         stacked = torch.stack([c.float().to(self.accelerator.device) for c in columns], 1)
-        return self.accelerator.gather(stacked).mean(0).tolist()
+        return self.accelerator.gather(stacked)[:count]
 
     def iterate(self, step: int) -> dict[str, float]:
         """One iteration of PPO; its figures."""
@@ -126,7 +127,7 @@ class Run:
         if (step + 1) % self.settings.logging_steps == 0:
             self.folder.samples(step + 1, self.decoded(rollout)[: self.ppo.num_samples])
         return {
-            **self.figures(rollout),
+            **self.figures(rollout, self.ppo.batch_size),
             **figures,
             "value/explained_variance": float(explained_variance(rollout.values_BR, returns_BR, mask_BR)),
             **{f"time/{name}": seconds for name, seconds in rollout.seconds.items()},
@@ -139,22 +140,39 @@ class Run:
         """On the first iteration, the affine map of the module docstring, point 2; it then stays."""
         if self.state["value_unit"] is not None or self.ppo.value_model != "helpfulness":
             return rollout
-        scores = self.accelerator.gather(rollout.scores_B.to(self.accelerator.device))
+        scores = self.gathered(self.ppo.batch_size, rollout.scores_B)
         shift, scale = float(scores.mean()), float(scores.std(unbiased=False).clamp(min=1e-3))
         self.state["value_unit"] = [shift, scale]
         self.roles.value_shift, self.roles.value_scale = shift, scale
         values_BR = (rollout.values_BR - shift) / scale
         return replace(rollout, values_BR=torch.where(rollout.sequences.response_mask_BR, values_BR, 0.0))
 
-    def figures(self, rollout: Rollout) -> dict[str, float]:
-        """Rewards, KL and lengths of a rollout, as means over responses."""
+    def figures(self, rollout: Rollout, count: int) -> dict[str, float]:
+        """Rewards, KL and lengths of a rollout of `count` prompts, as means over the responses of all processes."""
         names = ("reward/combined", "reward/helpfulness", "reward/safety", "reward/safety_decides", "policy/kl",
                  "response/tokens", "response/stopped")  # fmt: skip
         lengths_B = rollout.sequences.response_mask_BR.sum(1)
-        return dict(zip(names, self.mean(
-            rollout.scores_B, rollout.r_helpfulness_B, rollout.r_safety_B, rollout.safety_decides_B,
+        columns = self.gathered(
+            count, rollout.scores_B, rollout.r_helpfulness_B, rollout.r_safety_B, rollout.safety_decides_B,
             rollout.kl_BR.sum(1), lengths_B, rollout.stopped_B,
-        ), strict=True))  # fmt: skip
+        )  # fmt: skip
+        return dict(zip(names, columns.mean(0).tolist(), strict=True))
+
+    def gold_figures(self, rollout: Rollout) -> dict[str, float]:
+        """What the simulated annotators would think of held-out responses: helpfulness of the answers to ordinary
+        prompts, safety of those to safety prompts. Shown only: neither `objective` nor any other choice reads it.
+        """
+        if self.ppo.gold == "none":
+            return {}
+        from rlhf.simulation.world import gold_helpfulness, gold_safety
+
+        texts = [self.chat_format.decode_response(response) for response in rollout.responses]
+        gold = [(gold_safety if prompt.is_safety else gold_helpfulness)(prompt.messages, text)
+                for prompt, text in zip(rollout.prompts, texts, strict=True)]  # fmt: skip
+        is_safety = torch.tensor([prompt.is_safety for prompt in rollout.prompts])
+        gold_N, is_safety_N = self.gathered(len(self.held_out), torch.tensor(gold), is_safety).unbind(1)
+        groups = {"eval/gold_helpfulness": gold_N[is_safety_N == 0], "eval/gold_safety": gold_N[is_safety_N == 1]}
+        return {name: float(values.mean()) for name, values in groups.items() if len(values)}
 
     def decoded(self, rollout: Rollout) -> list[dict[str, Any]]:
         """Readable responses with their scores and KL: the first place where reward hacking shows."""
@@ -175,8 +193,10 @@ class Run:
     def evaluate(self, step: int) -> dict[str, float]:
         """Held-out figures of the policy as it is; with `save_best`, keeps it where it is the best so far."""
         rollout = self.sample(self.held_out, self.settings.seed + EVALUATION, with_values=False)
-        figures = {f"eval/{name.split('/')[1]}": value for name, value in self.figures(rollout).items()}
-        scores = self.accelerator.gather(rollout.scores_B.to(self.accelerator.device))
+        count = len(self.held_out)
+        figures = {f"eval/{name.split('/')[1]}": value for name, value in self.figures(rollout, count).items()}
+        figures |= self.gold_figures(rollout)
+        scores = self.gathered(count, rollout.scores_B)
         if self.state["unit"] is None:
             self.state["unit"] = [float(scores.mean()), float(scores.std(unbiased=False).clamp(min=1e-3))]
         mean, deviation = self.state["unit"]

@@ -289,6 +289,21 @@ def test_the_kl_cap_stops_and_the_best_held_out_policy_is_kept(paths, tmp_path, 
     assert summary["iterations"] < 40
 
 
+def test_gold_is_logged_by_kind_of_prompt_and_chooses_nothing(paths, tmp_path, monkeypatch):
+    from rlhf.simulation import world
+
+    # 10 held-out prompts, of which "0 ...", "4 ..." and "8 ..." are safety prompts; gold = a function of the prompt
+    monkeypatch.setattr(world, "gold_helpfulness", lambda messages, text: int(messages[-1]["content"].split()[0]) / 10)
+    monkeypatch.setattr(world, "gold_safety", lambda messages, text: 1.0 if messages[-1]["content"][0] == "8" else 0.0)
+    run_ppo(paths, tmp_path / "gold", "--gold", "simulated", total=2)
+    run_ppo(paths, tmp_path / "none", total=2)
+    gold, none = metrics(tmp_path / "gold"), metrics(tmp_path / "none")
+    for step in (0, 2):
+        assert gold[step].pop("eval/gold_helpfulness") == pytest.approx((1 + 2 + 3 + 5 + 6 + 7 + 9) / 70)
+        assert gold[step].pop("eval/gold_safety") == pytest.approx(1 / 3)
+    assert gold == none  # everything else, the objective included, is what it was
+
+
 def test_ppo_raises_the_reward(paths, tmp_path):
     run_ppo(paths, tmp_path, "--learning_rate", "3e-2", "--batch_size", "64", "--mini_batch_size", "32",
             "--kl_coef", "0.0", total=10)  # fmt: skip
@@ -306,3 +321,5 @@ def test_user_mistakes(paths, tmp_path):
         load(paths, replace(settings_for(paths), safety_model_path=""))
     with pytest.raises(UserError, match="neither `sft` nor `start`"):
         settings_for(paths, reference_model="base")
+    with pytest.raises(UserError, match="neither `simulated` nor `none`"):
+        settings_for(paths, gold="true")
