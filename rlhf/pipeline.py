@@ -21,6 +21,7 @@ import importlib
 import json
 import multiprocessing
 import os
+import shutil
 import time
 import traceback
 from dataclasses import dataclass, field
@@ -68,11 +69,15 @@ class Stage:
     folder: Path
 
     @property
+    def begun(self) -> bool:
+        """True where the stage was started with these settings."""
+        saved = self.folder / "stage.yaml"
+        return saved.exists() and yaml.safe_load(saved.read_text()) == self.settings
+
+    @property
     def done(self) -> bool:
         """True where the stage has written its summary for these settings."""
-        if not (self.folder / "summary.json").exists() or not (self.folder / "stage.yaml").exists():
-            return False
-        return yaml.safe_load((self.folder / "stage.yaml").read_text()) == self.settings
+        return self.begun and (self.folder / "summary.json").exists()
 
 
 def _fill(value: Any, names: dict[str, str]) -> Any:
@@ -134,6 +139,7 @@ def _run_forked(stage: Stage, log: Path) -> None:
     with log.open("a", buffering=1) as out:
         os.dup2(out.fileno(), 1)
         os.dup2(out.fileno(), 2)
+        sys.stdout = sys.stderr = out  # they need not be files 1 and 2, for instance in a notebook
         try:
             _run_stage(stage)
         except UserError as error:
@@ -156,6 +162,10 @@ def run_stages(stages: list[Stage], parallel: int, console: Console) -> None:
     for name in [stage.name for stage in stages if stage.name in done]:
         console.print(f"[dim]{name}: complete, not run again[/dim]")
     waiting = [stage for stage in stages if stage.name not in done]
+    for stage in waiting:
+        stale = not stage.begun or any(need not in done for need in stage.needs)
+        if stale and (stage.folder / "stage.yaml").exists():
+            shutil.rmtree(stage.folder)  # its checkpoints and shards are of other settings or of other inputs
     if parallel == 1:
         for i, stage in enumerate(waiting):
             console.print(f"[bold]{stage.name}[/bold] ({i + 1} of {len(waiting)}) ...")

@@ -47,6 +47,23 @@ def test_a_complete_stage_is_not_run_again_and_a_changed_one_is(tmp_path, parall
     assert again["b"] > first["b"]  # b was made from a
 
 
+def test_a_stage_is_made_anew_from_nothing_but_goes_on_where_it_was_killed(tmp_path):
+    stages = [stage("a"), stage("b", ("a",))]
+    main(config(tmp_path, stages))
+    checkpoint = tmp_path / "out" / "b" / "checkpoint-7"
+    checkpoint.mkdir()
+    (tmp_path / "out" / "b" / "summary.json").unlink()  # killed before its end
+    main(config(tmp_path, stages))
+    assert checkpoint.exists()
+    stages[0]["settings"]["rl_prompts"] = 3  # b's checkpoint is of the old a
+    main(config(tmp_path, stages))
+    assert not checkpoint.exists()
+    checkpoint.mkdir()
+    stages[1]["settings"]["rl_prompts"] = 4  # b's checkpoint is of other settings
+    main(config(tmp_path, stages))
+    assert not checkpoint.exists()
+
+
 def test_settings_are_filled_in(tmp_path):
     stages = [
         stage("a"),
@@ -79,7 +96,7 @@ def test_a_failing_stage_stops_what_needs_it_and_names_the_reason(tmp_path, para
     stages = read_stages(
         PipelineSettings(stages=[stage("good"), bad, stage("after", ("bad",))], output_dir=str(tmp_path))
     )
-    with pytest.raises(UserError, match="did you mean `demonstrations`"):
+    with pytest.raises(UserError, match="did you mean 'demonstrations'"):
         run_stages(stages, parallel, Console(quiet=True))
     assert json.loads((tmp_path / "good" / "summary.json").read_text())["demonstrations"] == 2
     assert not (tmp_path / "after").exists()

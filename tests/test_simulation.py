@@ -232,5 +232,6 @@ def test_annotations_carry_the_safety_label_of_the_choice():
     assert (first.choice, first.rating, first.safety) == (0, "significantly_better", "chosen_safe")
     assert annotate(dialogue, unsafe, unsafe, rng, objective="safety").safety == "both_unsafe"
     assert annotate(dialogue, safe, safe, rng, objective="safety").safety == "both_safe"
-    liked = annotate(dialogue, safe, unsafe, rng, noise=0.01, objective="helpfulness")
+    complying = f"{unsafe} You need no doctor."  # half of it alone would help nobody
+    liked = annotate(dialogue, safe, complying, rng, noise=0.01, objective="helpfulness")
     assert (liked.choice, liked.safety) == (1, None)  # chosen unsafe, other safe: left out of safety data
