@@ -28,6 +28,9 @@ class SFTSettings:
         default=4096, metadata={"help": "Tokens of a (packed) row. Longer dialogues lose their oldest turns."}
     )
     packing: bool = field(default=True, metadata={"help": "Fill rows with several dialogues that cannot see another."})
+    train_sampling_strategy: str = field(
+        default="random", metadata={"help": "random, or group_by_length: unpacked rows of similar length together."}
+    )
     per_device_train_batch_size: int = field(default=1, metadata={"help": "Rows (packed where packing) a micro-batch."})
     per_device_eval_batch_size: int = field(default=4, metadata={"help": "Rows a micro-batch in evaluation."})
     gradient_accumulation_steps: int = field(default=1, metadata={"help": "Micro-batches an optimizer step."})
@@ -54,5 +57,11 @@ class SFTSettings:
             raise UserError(f"eval_fraction: {self.eval_fraction} is not in [0, 1)")
         if self.mix_weights is not None and len(self.mix_weights) != len(self.train_files):
             raise UserError(f"mix_weights has {len(self.mix_weights)} numbers for {len(self.train_files)} train_files")
+        if self.train_sampling_strategy not in ("random", "group_by_length"):
+            raise UserError(
+                f"train_sampling_strategy: {self.train_sampling_strategy!r} is not random or group_by_length"
+            )
+        if self.train_sampling_strategy == "group_by_length" and self.packing:
+            raise UserError("train_sampling_strategy: group_by_length is for packing: false; packed rows are full")
         if self.max_length < 8:
             raise UserError(f"max_length: {self.max_length} tokens hold no dialogue")
