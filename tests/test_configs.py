@@ -1,0 +1,193 @@
+"""Every YAML in configs/: fields are known, its model loads with its LoRA, and Llama 2's have the paper's numbers.
+
+Weights are never fetched: a tiny Llama stands in for every model and reward model that a config names.
+"""
+
+import ast
+import dataclasses
+import importlib
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from peft import PeftModel
+from tiny_models import save_tiny_policy, save_tiny_reward_model, tiny_tokenizer
+
+from configs.chat import load_chat_format
+from reward.model import add_lora, create_reward_model, load_reward_model
+from rlhf import cli
+from rlhf.models import load_policy, resolve_dtype
+from rlhf.pipeline import PipelineSettings, Stage, read_stages
+from rlhf.roles import load_roles
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+RUNS = sorted(path for path in CONFIGS.glob("*.yaml") if path.name != "demo.yaml")
+LLAMA2 = [path for path in RUNS if path.name.startswith("llama2_7b_")]
+POLICIES = ("model_name_or_path", "second_model_name_or_path", "baseline_model_name_or_path", "sft_model_path")
+REWARD_MODELS = (
+    "helpfulness_model_path",
+    "safety_model_path",
+    "helpfulness_reward_model",
+    "safety_reward_model",
+)
+
+by_name = pytest.mark.parametrize("path", RUNS, ids=lambda path: path.stem)
+
+
+def stage_of(path: Path) -> str:
+    """The script in the launch command at the top of a config; the command must name this very config."""
+    commands = re.findall(r"^#\s+accelerate launch rlhf/(\w+)\.py --config configs/(\w+\.yaml)", path.read_text(), re.M)
+    assert path.name in [config for _, config in commands], f"{path.name} does not say how to launch it"
+    return next(script for script, config in commands if config == path.name)
+
+
+def dataclasses_of(run: str) -> tuple[type, ...]:
+    """The dataclasses that a script's main parses, read off its call of `parse`: no second list to keep."""
+    module = importlib.import_module(f"rlhf.{run}")
+    for node in ast.walk(ast.parse(Path(str(module.__file__)).read_text())):
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("parse", "cli.parse"):
+            return tuple(getattr(module, ast.unparse(name)) for name in node.args)
+    raise AssertionError(f"rlhf/{run}.py calls no parse")
+
+
+def parse(run: str, path: Path, *flags: str) -> dict[str, Any]:
+    """One namespace of all fields; the parsed dataclasses are under their class names."""
+    parsed = cli.parse(*dataclasses_of(run), args=["--config", str(path), *flags])
+    fields = {name: value for part in parsed for name, value in vars(part).items()}
+    return fields | {type(part).__name__: part for part in parsed}
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> dict[str, str]:
+    root = tmp_path_factory.mktemp("models")
+    return {"policy": save_tiny_policy(root / "policy"), "reward": save_tiny_reward_model(root / "reward", seed=1)}
+
+
+def with_tiny_models(path: Path, tiny: dict[str, str]) -> list[str]:
+    """Flags that put a tiny folder in for every model that the config names."""
+    given = yaml.safe_load(path.read_text())
+    flags = [word for name in POLICIES if given.get(name) for word in (f"--{name}", tiny["policy"])]
+    return flags + [word for name in REWARD_MODELS if given.get(name) for word in (f"--{name}", tiny["reward"])]
+
+
+@by_name
+def test_the_models_of_every_config_load(path, tiny):
+    run = stage_of(path)
+    settings = parse(run, path, *with_tiny_models(path, tiny))
+    tokenizer = tiny_tokenizer()
+    if "chat_format" in settings:
+        load_chat_format(tokenizer, settings["chat_format"])
+    trained: list[Any] = []
+    if run == "ppo":
+        roles = load_roles(settings["PPOSettings"], settings["ModelSettings"], tokenizer, "cpu", 0)
+        trained += [roles.policy, roles.value]
+        assert roles.reference is None  # with LoRA and `start`: the policy with its adapter switched off
+    elif run == "train_reward":
+        model_settings = settings["ModelSettings"]
+        dtype = resolve_dtype(model_settings, trainable=True)
+        model: Any = create_reward_model(model_settings.model_name_or_path, tokenizer, dtype)
+        if model_settings.use_peft:
+            lora = model_settings
+            model = add_lora(model, lora.lora_r, lora.lora_alpha, lora.lora_dropout, lora.lora_target_modules)
+        trained.append(model)
+    elif run == "sft":
+        trained.append(load_policy(settings["ModelSettings"]))
+    for model in trained:
+        assert isinstance(model, PeftModel) == settings["use_peft"]
+        if settings["use_peft"]:
+            (lora_config,) = model.peft_config.values()
+            assert (lora_config.r, lora_config.lora_alpha) == (settings["lora_r"], settings["lora_alpha"])
+            adapted = {
+                name.split(".lora_A.")[0].split(".")[-1]
+                for name, p in model.named_parameters()
+                if p.requires_grad and "lora_A" in name
+            }
+            assert adapted == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+    if not trained:
+        from configs.model_settings import ModelSettings
+
+        names = [f.name for f in dataclasses.fields(ModelSettings) if f.name in settings]
+        frozen = load_policy(ModelSettings(**{name: settings[name] for name in names}), trainable=False)
+        expected = torch.bfloat16 if settings["dtype"] == "bfloat16" else torch.float32
+        assert next(frozen.parameters()).dtype == expected
+        for name in REWARD_MODELS:
+            if settings.get(name):
+                load_reward_model(settings[name], expected)
+
+
+def test_llama2_has_a_config_for_every_stage():
+    stages = sorted(stage_of(path) for path in LLAMA2)
+    assert stages == sorted(
+        ["sft"] * 3  # supervised, on the best of K, on Ghost Attention dialogues
+        + ["train_reward"] * 2
+        + ["collect_preferences", "rejection_sampling", "ppo", "build_gatt", "evaluate_gatt", "evaluate_policy"]
+    )
+
+
+def test_llama2_configs_hand_over_to_each_other():
+    outputs = {yaml.safe_load(path.read_text())["output_dir"] for path in LLAMA2}
+    assert len(outputs) == len(LLAMA2)
+    outputs.add("runs/llama2-7b/preferences")  # labels imported from people, in the header of the collecting config
+    assert "--output_dir runs/llama2-7b/preferences" in (CONFIGS / "llama2_7b_collect.yaml").read_text()
+    for path in LLAMA2:
+        for used in re.findall(r"runs/llama2-7b/[\w-]+(?=/)", path.read_text()):
+            assert used in outputs, f"{path.name} reads {used}, which no config writes"
+
+
+ADAMW = {"adam_beta1": 0.9, "adam_beta2": 0.95, "adam_epsilon": 1e-5, "weight_decay": 0.1, "max_grad_norm": 1.0}
+PAPER = {  # §2.2 (AdamW), §3.1, §3.2.2, §3.2.3, §3.3
+    "sft": {"learning_rate": 2e-5, "lr_scheduler_type": "cosine", "num_train_epochs": 2, "max_length": 4096,
+            "packing": True, "use_peft": True, **ADAMW},
+    "train_reward": {"learning_rate": 1e-5, "min_lr_rate": 0.1, "warmup_ratio": 0.03, "min_warmup_steps": 5,
+                     "num_train_epochs": 1, "use_peft": True, **ADAMW},
+    "ppo": {"learning_rate": 1e-6, "batch_size": 512, "mini_batch_size": 64, "ppo_epochs": 1, "kl_coef": 0.01,
+            "clip_range": 0.2, "safety_threshold": 0.15, "temperature": 1.0, "reference_model": "start",
+            "use_peft": True, **ADAMW},
+    "rejection_sampling": {"safety_threshold": 0.15},
+    "collect_preferences": {"annotator": "none"},
+    "build_gatt": {"short_share": 0.5},
+    "evaluate_gatt": {"num_turns": 20},
+    "evaluate_policy": {"gold": "none"},
+}  # fmt: skip
+BATCH = {"sft": 64, "train_reward": 512}  # rows of 4,096 tokens; pairs
+
+
+@pytest.mark.parametrize("path", LLAMA2, ids=lambda path: path.stem)
+def test_llama2_configs_have_the_numbers_of_the_paper(path):
+    run = stage_of(path)
+    settings = parse(run, path)
+    assert {name: settings[name] for name in PAPER[run]} == PAPER[run]
+    if run in BATCH:
+        assert settings["per_device_train_batch_size"] * settings["gradient_accumulation_steps"] == BATCH[run]
+    if run == "ppo":
+        assert 200 <= settings["total_iterations"] <= 400
+    if run == "train_reward":
+        assert settings["margin"] == "small"
+        assert settings["RewardSettings"].safety_weight == (1.0 if settings["objective"] == "safety" else 0.0)
+        assert settings["mix_weights"] == ([90, 10] if settings["objective"] == "safety" else [50, 50])
+
+
+@pytest.fixture(scope="module")
+def demo() -> list[Stage]:
+    settings = yaml.safe_load((CONFIGS / "demo.yaml").read_text())
+    return read_stages(PipelineSettings(**{**settings, "output_dir": "somewhere", "seed": 3}))
+
+
+def test_the_stages_of_the_demo_parse(demo, tmp_path):
+    for stage in demo:
+        config = tmp_path / f"{stage.name}.yaml"
+        config.write_text(yaml.safe_dump(stage.settings))
+        assert parse(stage.run, config)["output_dir"] == f"somewhere/{stage.name}"
+
+
+def test_a_stage_of_the_demo_reads_only_what_it_waits_for(demo):
+    made_from: dict[str, set[str]] = {}
+    for stage in demo:  # read_stages has refused a need that does not stand before its stage
+        made_from[stage.name] = set(stage.needs).union(*(made_from[need] for need in stage.needs))
+        inputs = {name: value for name, value in stage.settings.items() if name != "output_dir"}
+        read = set(re.findall(r"somewhere/(\w+)/", yaml.safe_dump(inputs, width=10_000)))
+        assert read <= made_from[stage.name], f"{stage.name} reads what it does not need"
+        assert "${" not in yaml.safe_dump(stage.settings), f"{stage.name} has a name that is not filled in"
