@@ -15,7 +15,10 @@ class ModelSettings:
         default="auto", metadata={"help": "auto: the tokenizer's own template, or Llama 2's format where it has none"}
     )
     dtype: Literal["auto", "float32", "bfloat16"] = field(
-        default="auto", metadata={"help": "type of the weights; auto: bfloat16 on a GPU that has it, else float32"}
+        default="auto",
+        metadata={
+            "help": "type of the weights; auto: bfloat16 on a GPU for frozen weights (all under LoRA), else float32"
+        },
     )
     use_peft: bool = field(default=False, metadata={"help": "train a LoRA adapter instead of all weights"})
     lora_r: int = field(default=16, metadata={"help": "rank of the LoRA update"})

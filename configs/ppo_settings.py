@@ -29,7 +29,9 @@ class PPOSettings:
     batch_size: int = field(default=512, metadata={"help": "Responses an iteration, over all processes."})
     mini_batch_size: int = field(default=64, metadata={"help": "Responses a gradient step, over all processes."})
     ppo_epochs: int = field(default=1, metadata={"help": "Passes over an iteration's responses; the paper's is 1."})
-    token_budget: int = field(default=8192, metadata={"help": "Tokens of a micro-batch, padding included."})
+    token_budget: int = field(
+        default=0, metadata={"help": "Tokens of a micro-batch, padding included; 0: 8192 on a GPU, 768 on a CPU."}
+    )
     learning_rate: float = field(default=1e-6, metadata={"help": "Constant learning rate of the policy."})
     value_learning_rate: float = field(default=9e-6, metadata={"help": "Constant learning rate of the value model."})
     weight_decay: float = field(default=0.1, metadata={"help": "AdamW weight decay, of matrices only."})
@@ -38,6 +40,10 @@ class PPOSettings:
     adam_epsilon: float = field(default=1e-5, metadata={"help": "AdamW epsilon."})
     max_grad_norm: float = field(default=1.0, metadata={"help": "Clip of the policy's and the value model's gradient."})
     gradient_checkpointing: bool = field(default=False, metadata={"help": "Recompute activations: less memory."})
+    bf16: bool = field(
+        default=False,
+        metadata={"help": "Autocast to bfloat16 outside sampling, weights as they are; recomputes old log-probs."},
+    )
     recompute_logprobs: bool = field(
         default=False,
         metadata={"help": "Old log-probs from the trained model instead of the sampler's (one pass more)."},
@@ -84,6 +90,8 @@ class PPOSettings:
                 f"batch_size {self.batch_size} is not a multiple of mini_batch_size {self.mini_batch_size}: some"
                 " responses would be sampled and never trained on"
             )
+        if self.token_budget < 0:
+            raise UserError(f"token_budget: {self.token_budget} tokens; 0 takes what suits the device")
         if self.temperature <= 0:
             raise UserError(f"temperature: {self.temperature} gives no distribution to train")
         if self.save_best and not self.eval_prompt_file:

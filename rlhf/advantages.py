@@ -84,11 +84,13 @@ def gae(
     return advantages_BR, advantages_BR + values_BR
 
 
-def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
-    """1 - Var(returns - values) / Var(returns) over the True places; 1 is a perfect value model, 0 a constant one."""
-    _same_shape(values, returns, mask)
-    target, error = returns[mask], (returns - values)[mask]
-    return 1.0 - error.var(unbiased=False) / target.var(unbiased=False).clamp(min=1e-12)
+def explained_variance(returns: Tensor, errors: Tensor) -> float:
+    """1 - Var(returns - values) / Var(returns): 1 for a perfect value model, 0 for a constant one.
+
+    Takes the `moments` of returns and of returns - values, [3] each, summed over processes.
+    """
+    target, error = ((second / count - (first / count) ** 2).clamp(min=0) for count, first, second in (returns, errors))
+    return 1.0 - float(error / target.clamp(min=1e-12))
 
 
 def _same_shape(first: Tensor, *others: Tensor) -> None:

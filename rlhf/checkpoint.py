@@ -82,6 +82,12 @@ def load_checkpoint(
     return state
 
 
+def replace_folder(partial: Path, final: Path) -> None:
+    """Put a finished folder in the place of an older one."""
+    shutil.rmtree(final, ignore_errors=True)
+    partial.rename(final)
+
+
 def latest_step(folder: str | Path) -> int:
     """The step of the newest complete checkpoint under `folder`; 0 where there is none."""
     found = _checkpoints(folder)

@@ -15,7 +15,7 @@ Where the paper is silent (recipe sheet 10 has the sources):
    (R_c - mean_0) / std_0 - beta * KL with the starting policy's mean_0 and std_0: Eq. 4 in units that stay put.
 """
 
-import random
+import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -37,11 +37,12 @@ from configs.chat import load_chat_format
 from configs.errors import UserError
 from configs.model_settings import ModelSettings, RunSettings
 from configs.ppo_settings import PPOSettings
-from configs.records import read_prompts
-from rlhf.advantages import explained_variance
-from rlhf.checkpoint import latest_step, load_checkpoint, save_checkpoint
+from rlhf.advantages import explained_variance, moments
+from rlhf.checkpoint import latest_step, load_checkpoint, replace_folder, save_checkpoint
 from rlhf.draw import sample_seeds
+from rlhf.hardware import peak_memory_mib, token_budget
 from rlhf.models import data_fingerprint, load_tokenizer, model_card, save_policy
+from rlhf.prompts import prompts_of, read_encoded
 from rlhf.roles import load_roles
 from rlhf.rollout import Prompt, Rollout, advantages_and_returns, collect
 from rlhf.run import RunFolder
@@ -50,31 +51,13 @@ from rlhf.update import make_optimizer, update
 EVALUATION = 2**31  # added to the seed of held-out sampling: never the seed of an iteration
 
 
-def read(files: Sequence[str], ppo: PPOSettings, chat_format: Any, folder: str) -> list[Prompt]:
-    """Prompts of all files, encoded once."""
-    options = {"reject_file": str(Path(folder) / "rejected.jsonl"), "chat_format": chat_format,
-               "max_prompt_tokens": ppo.max_prompt_tokens}  # fmt: skip
-    rows = [row for path in files for row in read_prompts(path, **options).rows]
-    return [Prompt(row["prompt"], chat_format.encode_prompt(row["prompt"]), bool(row["is_safety"])) for row in rows]
-
-
-def prompts_of(step: int, prompts: Sequence[Prompt], batch_size: int, seed: int) -> list[Prompt]:
-    """The prompts of iteration `step`: pass after pass over all prompts, each in its own order. Needs no state."""
-    batch: list[Prompt] = []
-    for position in range(step * batch_size, (step + 1) * batch_size):
-        epoch, place = divmod(position, len(prompts))
-        if not batch or place == 0:
-            order = random.Random(f"{seed}/{epoch}").sample(range(len(prompts)), len(prompts))
-        batch.append(prompts[order[place]])
-    return batch
-
-
 class Run:
     """What an iteration needs and what it changes. `state` is all that outlives an iteration besides weights."""
 
     def __init__(self, ppo: PPOSettings, model_settings: ModelSettings, run: RunSettings, folder: RunFolder):
-        self.ppo, self.settings, self.folder = ppo, run, folder
+        self.settings, self.folder = run, folder
         self.accelerator = Accelerator(cpu=run.use_cpu or not torch.cuda.is_available())
+        self.ppo = ppo = replace(ppo, token_budget=token_budget(ppo.token_budget, self.accelerator.device))
         self.share = ppo.batch_size // self.accelerator.num_processes
         if self.share * self.accelerator.num_processes != ppo.batch_size:
             raise UserError(
@@ -83,15 +66,21 @@ class Run:
         set_seed(run.seed)
         self.tokenizer = load_tokenizer(model_settings.model_name_or_path)
         self.chat_format = load_chat_format(self.tokenizer, model_settings.chat_format)
-        self.prompts = read(ppo.prompt_files, ppo, self.chat_format, run.output_dir)
+        rejected = str(Path(run.output_dir, "rejected.jsonl")) if self.accelerator.is_main_process else None
         held_out = [ppo.eval_prompt_file] if ppo.eval_prompt_file else []
-        self.held_out = read(held_out, ppo, self.chat_format, run.output_dir)[: ppo.eval_prompts]
+        self.prompts, self.held_out = (
+            read_encoded(files, self.chat_format, ppo.max_prompt_tokens, rejected)
+            for files in (ppo.prompt_files, held_out)
+        )
+        self.held_out = self.held_out[: ppo.eval_prompts]
         if not self.prompts:
             raise UserError("prompt_files: no prompts to sample from")
         self.roles = load_roles(ppo, model_settings, self.tokenizer, self.accelerator.device, run.seed)
         self.optimizer = make_optimizer(self.roles, ppo)
         self.models = {"policy": self.roles.policy, "value": self.roles.value}
-        self.state: dict[str, Any] = {"step": 0, "skipped": 0, "best": None, "unit": None, "value_unit": None}
+        self.state: dict[str, Any] = {
+            "step": 0, "skipped": 0, "best": None, "unit": None, "value_unit": None, "figures": {}
+        }  # fmt: skip
         self.folder_path = Path(run.output_dir)
 
     def sample(self, prompts: Sequence[Prompt], seed: int, with_values: bool = True) -> Rollout:
@@ -122,19 +111,25 @@ class Run:
             self.state["skipped"],
         )  # fmt: skip
         done = time.perf_counter()
-        mask_BR = rollout.sequences.response_mask_BR
         tokens = sum(rollout.sequences.lengths) * self.accelerator.num_processes
         if (step + 1) % self.settings.logging_steps == 0:
             self.folder.samples(step + 1, self.decoded(rollout)[: self.ppo.num_samples])
         return {
             **self.figures(rollout, self.ppo.batch_size),
             **figures,
-            "value/explained_variance": float(explained_variance(rollout.values_BR, returns_BR, mask_BR)),
+            "value/explained_variance": self.explained_variance(rollout, returns_BR),
             **{f"time/{name}": seconds for name, seconds in rollout.seconds.items()},
             "time/update": done - collected,
             "time/iteration": done - begin,
             "time/tokens_per_second": tokens / (done - begin),
+            "memory/peak_mib": peak_memory_mib(self.accelerator.device),
         }
+
+    def explained_variance(self, rollout: Rollout, returns_BR: torch.Tensor) -> float:
+        """How much of the returns the values foresaw, over the responses of all processes."""
+        mask_BR = rollout.sequences.response_mask_BR
+        own = [moments(x_BR, mask_BR) for x_BR in (returns_BR, returns_BR - rollout.values_BR)]
+        return explained_variance(*self.accelerator.reduce(torch.stack(own).to(mask_BR.device), "sum"))
 
     def put_values_on_scale(self, rollout: Rollout) -> Rollout:
         """On the first iteration, the affine map of the module docstring, point 2; it then stays."""
@@ -205,7 +200,9 @@ class Run:
         if best is None or objective > best["objective"]:
             self.state["best"] = {"step": step, "objective": objective, **figures}
             if self.ppo.save_best:
-                self.save_model("best", self.state["best"])
+                self.save_model(f"best-{step}", self.state["best"])
+                if not self.ppo.save_steps:
+                    self.drop_best(keep=step)
         return {**figures, "eval/objective": objective}
 
     def save_model(self, name: str, results: dict[str, Any]) -> None:
@@ -217,6 +214,31 @@ class Run:
             replace_folder(partial, self.folder_path / name)
         self.accelerator.wait_for_everyone()
 
+    def drop_best(self, keep: int | None) -> None:
+        """Drop every `best-<step>` but one: those of before it, and those that a killed run left behind."""
+        if self.accelerator.is_main_process:
+            for path in self.folder_path.glob("best-*"):
+                if path.name != f"best-{keep}":
+                    shutil.rmtree(path)
+
+    def hand_over(self) -> None:
+        """Write `output_dir/model`: the best policy or the last. `best-<step>` stays until the summary is written, so
+        that a run killed in between finds it again.
+        """
+        if not self.ppo.save_best:
+            self.save_model("model", self.state["figures"])
+            return
+        if self.accelerator.is_main_process:
+            partial = self.folder_path / ".model.partial"
+            shutil.rmtree(partial, ignore_errors=True)
+            shutil.copytree(self.folder_path / f"best-{self.state['best']['step']}", partial)
+            replace_folder(partial, self.folder_path / "model")
+        self.accelerator.wait_for_everyone()
+
+    def over_cap(self) -> bool:
+        """True once the last iteration's KL has passed `max_kl_nats`."""
+        return self.ppo.max_kl_nats is not None and self.state["figures"].get("policy/kl", 0.0) > self.ppo.max_kl_nats
+
     def resume(self) -> int:
         """Continue from the newest checkpoint, if there is one; the number of finished iterations."""
         state = load_checkpoint(self.folder_path, self.models, self.optimizer) if self.settings.resume else None
@@ -226,19 +248,12 @@ class Run:
         return self.state["step"]
 
     def checkpoint(self, step: int) -> None:
-        """Save everything that shapes the iterations to come."""
-        self.state["step"] = step
+        """Save everything that shapes the iterations to come, and the figures of a summary still to be written."""
         if self.accelerator.is_main_process:
             save_checkpoint(self.folder_path, step, self.models, self.optimizer, self.state)
+        if self.state["best"]:
+            self.drop_best(keep=self.state["best"]["step"])  # only now: until here the last checkpoint named the other
         self.accelerator.wait_for_everyone()
-
-
-def replace_folder(partial: Path, final: Path) -> None:
-    """Put a finished folder in the place of an older one."""
-    import shutil
-
-    shutil.rmtree(final, ignore_errors=True)
-    partial.rename(final)
 
 
 def main(args: list[str] | None = None) -> dict[str, Any]:
@@ -255,30 +270,29 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
     if first == 0 and run.held_out:
         folder.log(0, run.evaluate(0))
 
-    step, stopped_by = first, "total_iterations"
-    figures: dict[str, float] = {}
-    for step in tqdm(range(first + 1, ppo.total_iterations + 1), desc="ppo", initial=first, total=ppo.total_iterations,
+    last = first if run.over_cap() else ppo.total_iterations  # killed after its last checkpoint, before its summary
+    for step in tqdm(range(first + 1, last + 1), desc="ppo", initial=first, total=last,
                      disable=not run.accelerator.is_main_process):  # fmt: skip
         figures = run.iterate(step - 1)
-        over_cap = ppo.max_kl_nats is not None and figures["policy/kl"] > ppo.max_kl_nats
-        if run.held_out and (step % ppo.eval_steps == 0 or step == ppo.total_iterations or over_cap):
+        run.state |= {"step": step, "figures": figures}
+        at_end = step == ppo.total_iterations or run.over_cap()
+        if run.held_out and (step % ppo.eval_steps == 0 or at_end):
             figures |= run.evaluate(step)
-        if step % run_settings.logging_steps == 0 or step == ppo.total_iterations or "eval/objective" in figures:
+        if step % run_settings.logging_steps == 0 or at_end or "eval/objective" in figures:
             folder.log(step, figures)
         if ppo.save_steps and step % ppo.save_steps == 0:
             run.checkpoint(step)
-        if over_cap:
-            stopped_by = "max_kl_nats"
+        if at_end:
             break
 
-    summary = {"iterations": step, "stopped_by": stopped_by, "best": run.state["best"], **figures}
-    if ppo.save_best:
-        replace_folder(run.folder_path / "best", run.folder_path / "model")
-    else:
-        run.save_model("model", figures)
-    summary["seconds"] = time.perf_counter() - begin
-    run.accelerator.wait_for_everyone()
-    return folder.finish(summary)
+    run.hand_over()
+    state = run.state
+    stopped_by = "max_kl_nats" if run.over_cap() else "total_iterations"
+    seconds = time.perf_counter() - begin
+    summary = folder.finish({"iterations": state["step"], "stopped_by": stopped_by, "best": state["best"],
+                             **state["figures"], "seconds": seconds})  # fmt: skip
+    run.drop_best(keep=None)
+    return summary
 
 
 if __name__ == "__main__":

@@ -20,8 +20,10 @@ from transformers import AutoTokenizer
 from configs.errors import UserError
 from configs.model_settings import ModelSettings
 from configs.ppo_settings import PPOSettings
+from reward.collate import batches_by_budget, pad_right
 from reward.model import add_lora, create_reward_model, load_reward_model
-from reward.scorer import batches_by_budget, pad_right
+from reward.scorer import score_ids
+from rlhf.hardware import attend_in_float32, mixed_precision
 from rlhf.losses import token_logprobs
 from rlhf.models import load_policy, resolve_dtype
 
@@ -58,10 +60,11 @@ class Sequences:
         No attention mask: under a causal model nothing looks right, so padding on the right changes no real token,
         and SDPA takes its fast causal path.
         """
-        width = max(self.lengths[row] for row in rows_M.tolist())
-        ids_MT, predicts_MT = self.ids_BT[rows_M, :width], self.predicts_BT[rows_M, :width]
+        width = max(self.lengths[row] for row in rows_M.tolist()) - 1  # the last token predicts none
+        ids_MT, next_MT = self.ids_BT[rows_M, :width], self.ids_BT[rows_M, 1 : width + 1]
+        predicts_MT = self.predicts_BT[rows_M, :width]
         hidden_MTD = decoder(input_ids=ids_MT, use_cache=False).last_hidden_state
-        return hidden_MTD[predicts_MT], ids_MT.roll(-1, 1)[predicts_MT]
+        return hidden_MTD[predicts_MT], next_MT[predicts_MT]
 
     def flat(self, x_BR: Tensor, rows_M: Tensor) -> Tensor:
         """The response tokens of some rows laid end to end, in the order of `hidden`: [B, R] -> [N]."""
@@ -84,7 +87,10 @@ def unwrap(model: Any) -> Any:
 
 @dataclass
 class Roles:
-    """What the loop needs of the five models. `reference` None: the policy without its adapter."""
+    """What the loop needs of the five models. `reference` None: the policy without its adapter.
+
+    With `bf16` hidden states come from autocast; heads, log-probs and scores are float32 products of them.
+    """
 
     policy: Any
     reference: Any
@@ -94,6 +100,7 @@ class Roles:
     temperature: float = 1.0
     value_shift: float = 0.0  # V = (head - shift) / scale: puts a reward model's head on the scale of whitened scores
     value_scale: float = 1.0
+    bf16: bool = False
 
     def policy_logprobs(
         self, sequences: Sequences, rows_M: Tensor, entropy: bool = False
@@ -112,17 +119,25 @@ class Roles:
     def values(self, sequences: Sequences, rows_M: Tensor) -> Tensor:
         """V before each response token, [N] float32, with gradient."""
         model = unwrap(self.value)
-        hidden_ND, _ = sequences.hidden(getattr(model, model.base_model_prefix), rows_M)
-        with torch.autocast(hidden_ND.device.type, enabled=False):
-            return (model.score(hidden_ND.float())[:, 0] - self.value_shift) / self.value_scale
+        hidden_ND, _ = self._hidden(model, sequences, rows_M)
+        return (model.score(hidden_ND.float())[:, 0] - self.value_shift) / self.value_scale
+
+    def scores(self, model: Any, id_lists: Sequence[Sequence[int]], token_budget: int) -> Tensor:
+        """Raw scores of whole dialogues by one of the reward models, [B] float32 on the CPU."""
+        with mixed_precision(self.bf16, next(model.parameters()).device.type):
+            return score_ids(model, id_lists, token_budget)
 
     def _logprobs(
         self, model: Any, sequences: Sequences, rows_M: Tensor, entropy: bool
     ) -> tuple[Tensor, Tensor | None]:
         causal = unwrap(model)
-        hidden_ND, targets_N = sequences.hidden(getattr(causal, causal.base_model_prefix), rows_M)
+        hidden_ND, targets_N = self._hidden(causal, sequences, rows_M)
         head_VD = causal.get_output_embeddings().weight
-        return token_logprobs(hidden_ND, head_VD, targets_N, self.temperature, entropy)
+        return token_logprobs(hidden_ND.to(head_VD.dtype), head_VD, targets_N, self.temperature, entropy)
+
+    def _hidden(self, model: Any, sequences: Sequences, rows_M: Tensor) -> tuple[Tensor, Tensor]:
+        with mixed_precision(self.bf16, rows_M.device.type):
+            return sequences.hidden(getattr(model, model.base_model_prefix), rows_M)
 
 
 def load_roles(ppo: PPOSettings, model_settings: ModelSettings, tokenizer: Any, device: Any, seed: int) -> Roles:
@@ -161,7 +176,9 @@ def load_roles(ppo: PPOSettings, model_settings: ModelSettings, tokenizer: Any, 
     for model in (policy, reference, value, helpfulness, safety):
         if model is not None:
             model.to(device)
-    return Roles(policy, reference, value, helpfulness, safety, ppo.temperature)
+            if ppo.bf16 and torch.device(device).type == "cpu":
+                attend_in_float32(unwrap(model))
+    return Roles(policy, reference, value, helpfulness, safety, ppo.temperature, bf16=ppo.bf16)
 
 
 def _check_same_tokenizer(tokenizer: Any, field: str, path: str) -> None:

@@ -6,6 +6,7 @@ Axes: B responses of this process, R response tokens (padded on the right), as i
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -15,7 +16,6 @@ from configs.chat import ChatFormat
 from configs.ppo_settings import PPOSettings
 from configs.sampling_settings import SamplingSettings
 from reward.combine import combined_reward, whiten
-from reward.scorer import score_ids
 from rlhf.advantages import gae, masked_whiten, moments, per_token_kl, place_rewards
 from rlhf.roles import Roles, Sequences
 from rlhf.sampler import sample
@@ -49,7 +49,7 @@ class Rollout:
     r_safety_B: Tensor
     scores_B: Tensor  # logit(R_c) minus the missing-EOS penalty, not whitened
     safety_decides_B: Tensor  # bool: the score is the safety model's
-    seconds: dict[str, float]
+    seconds: dict[str, float]  # by phase: sample, reward, recompute, reference, value
 
     @property
     def kl_BR(self) -> Tensor:
@@ -83,8 +83,8 @@ def collect(
     clock["sample"] = time.perf_counter()
 
     whole = [[*p, *r] for p, r in zip(prompt_ids, responses, strict=True)]
-    r_helpfulness_B = score_ids(roles.helpfulness, whole, ppo.token_budget)
-    r_safety_B = score_ids(roles.safety, whole, ppo.token_budget)
+    r_helpfulness_B = roles.scores(roles.helpfulness, whole, ppo.token_budget)
+    r_safety_B = roles.scores(roles.safety, whole, ppo.token_budget)
     is_safety_B = torch.tensor([prompt.is_safety for prompt in prompts])
     scores_B = combined_reward(r_safety_B, r_helpfulness_B, is_safety_B, ppo.safety_threshold)
     safety_decides_B = is_safety_B | (scores_B != r_helpfulness_B)
@@ -97,17 +97,22 @@ def collect(
     def over(function: Callable[[Tensor], Tensor]) -> Tensor:
         return sequences.scatter([(rows_M, function(rows_M)) for rows_M in micro_batches])
 
-    if ppo.recompute_logprobs:
+    clock["reward"] = time.perf_counter()
+    if (
+        ppo.recompute_logprobs or ppo.bf16
+    ):  # bfloat16 rounds far from the sampler's float32: ratios would not start at 1
         logprobs_BR = over(lambda rows_M: roles.policy_logprobs(sequences, rows_M)[0])
     else:
         logprobs_BR = torch.zeros(sequences.response_mask_BR.shape, device=device)
         logprobs_BR[sequences.response_mask_BR] = torch.cat(
             [torch.as_tensor(row, dtype=torch.float32) for row in batch.logprobs]
         ).to(device)
+    clock["recompute"] = time.perf_counter()
     reference_logprobs_BR = over(lambda rows_M: roles.reference_logprobs(sequences, rows_M))
+    clock["reference"] = time.perf_counter()
     values_BR = over(lambda rows_M: roles.values(sequences, rows_M)) if with_values else torch.zeros_like(logprobs_BR)
-    clock["score"] = time.perf_counter()
-    seconds = {"sample": clock["sample"] - clock["start"], "score": clock["score"] - clock["sample"]}
+    clock["value"] = time.perf_counter()
+    seconds = {after: clock[after] - clock[before] for before, after in pairwise(clock)}
     return Rollout(
         prompts, responses, sequences, stopped_B, logprobs_BR, reference_logprobs_BR, values_BR, r_helpfulness_B,
         r_safety_B, scores_B, safety_decides_B, seconds,

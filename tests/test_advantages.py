@@ -101,5 +101,7 @@ def test_gae_equals_a_slow_oracle_on_ragged_rows(gamma, lam):
 
 def test_explained_variance_of_perfect_and_constant_values():
     returns = torch.tensor([[1.0, 2.0, 3.0], [6.0, 0.0, 0.0]])
-    assert explained_variance(returns, returns, MASK).item() == 1.0
-    assert explained_variance(torch.full_like(returns, 2.5), returns, MASK).item() == pytest.approx(0.0, abs=1e-6)
+    perfect, constant, half = returns, torch.full_like(returns, 2.5), returns / 2
+    for values, expected in ((perfect, 1.0), (constant, 0.0), (half, 0.75)):  # half: Var(G / 2) = Var(G) / 4
+        found = explained_variance(moments(returns, MASK), moments(returns - values, MASK))
+        assert found == pytest.approx(expected, abs=1e-6)

@@ -1,6 +1,10 @@
 """PPO: the objective on a rollout, steps that do not depend on the batch's cut, resumption bit for bit, safety nets."""
 
 import json
+import os
+import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +20,7 @@ from configs.model_settings import ModelSettings
 from configs.ppo_settings import PPOSettings
 from rlhf import ppo as ppo_script
 from rlhf import update as update_module
-from rlhf.ppo import prompts_of
+from rlhf.prompts import prompts_of
 from rlhf.roles import Sequences, load_roles
 from rlhf.rollout import Prompt, advantages_and_returns, collect
 from rlhf.update import make_optimizer, update
@@ -220,7 +224,7 @@ def final_weights(output):
 
 def metrics(output):
     lines = [json.loads(line) for line in Path(output, "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if not k.startswith("time")} for line in lines]
+    return [{k: v for k, v in line.items() if not k.startswith(("time", "memory"))} for line in lines]
 
 
 def test_main_writes_the_run_folder(paths, tmp_path):
@@ -282,6 +286,7 @@ def test_the_kl_cap_stops_and_the_best_held_out_policy_is_kept(paths, tmp_path, 
     summary = run_ppo(paths, tmp_path, "--save_best", "true", "--kl_coef", "0")
     assert summary["best"]["step"] == 2
     assert torch.equal(final_weights(tmp_path), kept[2])
+    assert not list(tmp_path.glob("best-*"))
 
     scores = iter([0.0] * 9)
     summary = run_ppo(paths, tmp_path / "capped", "--max_kl_nats", "0.000001", "--learning_rate", "0.01", total=40)
@@ -302,6 +307,85 @@ def test_gold_is_logged_by_kind_of_prompt_and_chooses_nothing(paths, tmp_path, m
         assert gold[step].pop("eval/gold_helpfulness") == pytest.approx((1 + 2 + 3 + 5 + 6 + 7 + 9) / 70)
         assert gold[step].pop("eval/gold_safety") == pytest.approx(1 / 3)
     assert gold == none  # everything else, the objective included, is what it was
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("save_steps", [2, 0])
+@pytest.mark.parametrize("moment", ["before the model", "within the model", "before the summary"])
+def test_a_run_killed_while_it_hands_over_the_best_policy_finishes(paths, tmp_path, monkeypatch, moment, save_steps):
+    extra = ("--save_best", "true", "--max_kl_nats", "0.000001", "--save_steps", str(save_steps))
+    straight = run_ppo(paths, tmp_path / "straight", *extra)
+    assert straight["stopped_by"] == "max_kl_nats"
+
+    real = ppo_script.replace_folder
+
+    def replace_folder(partial, final):
+        if final.name == "model":
+            if moment == "within the model":  # the worst place: the old folder is gone, the new one not yet there
+                shutil.rmtree(final, ignore_errors=True)
+            raise Killed
+        real(partial, final)
+
+    def killed(self, *_):
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        if moment == "before the summary":
+            patch.setattr(ppo_script.RunFolder, "finish", killed)
+        else:
+            patch.setattr(ppo_script, "replace_folder", replace_folder)
+        with pytest.raises(Killed):
+            run_ppo(paths, tmp_path / "killed", *extra)
+    again = run_ppo(paths, tmp_path / "killed", *extra)
+    kept = {name for name in straight if not name.startswith(("time", "memory", "seconds"))}
+    assert {name: again[name] for name in kept} == {name: straight[name] for name in kept}
+    assert torch.equal(final_weights(tmp_path / "straight"), final_weights(tmp_path / "killed"))
+    assert not list((tmp_path / "killed").glob("best-*"))
+
+
+def test_bf16_rounds_hidden_states_and_little_else(paths):
+    settings = settings_for(paths)
+    plain, mixed = load(paths, settings), load(paths, replace(settings, bf16=True))
+    assert mixed.policy.config._attn_implementation == "sdpa_in_float32"
+    one, two = roll(plain, settings), roll(mixed, replace(settings, bf16=True))
+    assert one.responses == two.responses  # sampling is left alone
+    for name in ("logprobs_BR", "reference_logprobs_BR", "values_BR", "r_helpfulness_B", "r_safety_B"):
+        a, b = getattr(one, name), getattr(two, name)
+        assert b.dtype == torch.float32
+        assert 0 < (a - b).abs().max() < 0.05  # bfloat16 keeps 8 bits: 2**-8 of numbers of order one, a few times over
+    advantages, returns = advantages_and_returns(two, settings, Accelerator(cpu=True))
+    figures, _ = update(
+        mixed, make_optimizer(mixed, settings), two, advantages, returns, settings, Accelerator(cpu=True), 0
+    )
+    assert figures["policy/first_ratio_error"] < 5e-3
+    assert all(p.dtype == torch.float32 for p in mixed.policy.parameters())
+
+
+@pytest.mark.slow
+def test_two_processes_reach_what_one_does(paths, tmp_path):
+    """Uneven shares included: 9 held-out prompts. Adam's epsilon keeps rounding in tiny gradients from growing."""
+    extra = ("--eval_prompts", "9", "--adam_epsilon", "0.01", "--gold", "simulated", "--save_best", "true")
+    run_ppo(paths, tmp_path / "one", *extra, total=1)
+    here = Path(__file__).resolve().parent
+    script = tmp_path / "two.py"
+    script.write_text(
+        f"from test_ppo import run_ppo\nrun_ppo({paths!r}, {str(tmp_path / 'two')!r}, *{extra!r}, total=1)\n"
+    )
+    # `accelerate launch --cpu --num_processes 2` starts one process where there is no MPI
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    environment = {**os.environ, "PYTHONPATH": f"{here.parent}{os.pathsep}{here}", "OMP_NUM_THREADS": "1"}
+    subprocess.run([*launch, str(script)], env=environment, check=True, timeout=180)
+    world = json.loads((tmp_path / "two" / "environment.json").read_text())["world_size"]
+    assert world == 2
+    for one, two in zip(metrics(tmp_path / "one"), metrics(tmp_path / "two"), strict=True):
+        assert two == {name: pytest.approx(value, abs=1e-5, rel=1e-5) for name, value in one.items()}
+    start = AutoModelForCausalLM.from_pretrained(paths["policy"])
+    moved = final_weights(tmp_path / "one") - torch.cat([p.detach().flatten() for p in start.parameters()])
+    assert moved.abs().max() > 1e-4
+    torch.testing.assert_close(final_weights(tmp_path / "two"), final_weights(tmp_path / "one"), atol=1e-5, rtol=0)
 
 
 def test_ppo_raises_the_reward(paths, tmp_path):
