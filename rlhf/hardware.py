@@ -25,6 +25,8 @@ def token_budget(chosen: int, device: torch.device) -> int:
 def mixed_precision(bf16: bool, device_type: str) -> AbstractContextManager:
     """Matrix products in bfloat16 inside, weights and everything else as they are; nothing changes without `bf16`.
 
+    On a CPU with bfloat16 instructions it took 6 % off an iteration of a model of 1.2 M parameters, and resident memory
+    kept growing (oneDNN stores a kernel for every shape it meets): meant for GPUs and for wider models.
     Leave it before each optimizer step: autocast keeps the bfloat16 copies of the weights for as long as it is open.
     """
     return torch.autocast(device_type, torch.bfloat16, enabled=bf16)

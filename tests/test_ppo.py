@@ -20,6 +20,7 @@ from configs.model_settings import ModelSettings
 from configs.ppo_settings import PPOSettings
 from rlhf import ppo as ppo_script
 from rlhf import update as update_module
+from rlhf.hardware import token_budget
 from rlhf.prompts import prompts_of
 from rlhf.roles import Sequences, load_roles
 from rlhf.rollout import Prompt, advantages_and_returns, collect
@@ -407,3 +408,10 @@ def test_user_mistakes(paths, tmp_path):
         settings_for(paths, reference_model="base")
     with pytest.raises(UserError, match="neither `simulated` nor `none`"):
         settings_for(paths, gold="true")
+
+
+def test_the_token_budget_is_the_devices_unless_chosen():
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert (token_budget(0, cpu), token_budget(0, gpu), token_budget(200, cpu)) == (768, 8192, 200)
+    with pytest.raises(UserError, match="token_budget"):
+        PPOSettings(token_budget=-1)
