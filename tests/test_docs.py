@@ -181,6 +181,13 @@ def test_links_resolve():
     assert broken == []
 
 
+def test_the_demo_has_its_place_in_the_readme():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert text.count("<!-- demo-table -->") == text.count("<!-- /demo-table -->") == 1
+    assert text.index("<!-- demo-table -->") < text.index("<!-- /demo-table -->")
+    assert "(docs/results/demo.png)" in text
+
+
 def listed_files() -> list[str]:
     """The paths of the README's file tree: a line that ends in / names a folder, an indented line a file in it."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
