@@ -23,7 +23,6 @@ import torch
 from torch import Tensor
 
 from configs.chat import load_chat_format
-from configs.errors import UserError
 from configs.evaluate_settings import EvaluateSettings
 from configs.model_settings import ModelSettings
 from configs.records import read_prompts, write_jsonl
@@ -34,7 +33,7 @@ from reward.scorer import score_ids
 from rlhf.cli import entry, parse
 from rlhf.estimates import mean_with_interval, share_with_interval
 from rlhf.losses import token_logprobs
-from rlhf.models import load_policy, load_tokenizer
+from rlhf.models import load_policy, load_tokenizer, resolve_dtype
 from rlhf.roles import Sequences, unwrap
 from rlhf.run import RunFolder
 from rlhf.sampler import sample
@@ -50,12 +49,26 @@ def response_logprobs(model: Any, prompts: IdLists, responses: IdLists, token_bu
     causal = unwrap(model)
     device = next(causal.parameters()).device
     sequences = Sequences.build(prompts, responses, device)
-    sums_N = torch.zeros(len(prompts))
+    parts: list[tuple[Tensor, Tensor]] = []
     for rows_M in sequences.micro_batches(range(len(prompts)), token_budget):
         hidden_ND, targets_N = sequences.hidden(getattr(causal, causal.base_model_prefix), rows_M)
         logprobs_N, _ = token_logprobs(hidden_ND, causal.get_output_embeddings().weight, targets_N)
-        sums_N[rows_M.cpu()] = sequences.scatter([(rows_M, logprobs_N)])[rows_M].sum(1).cpu()
-    return sums_N
+        parts.append((rows_M, logprobs_N))
+    return sequences.scatter(parts).sum(1).cpu()
+
+
+def read_records(settings: EvaluateSettings, chat: Any) -> list[dict[str, Any]]:
+    """The prompts of all files in order; rows that cannot be used go to `rejected_prompts.jsonl`.
+
+    Raises UserError where a file has no usable row, or a larger share of bad ones than `max_reject_share`.
+    """
+    options = {
+        "chat_format": chat,
+        "max_prompt_tokens": settings.max_prompt_tokens,
+        "max_reject_share": settings.max_reject_share,
+        "reject_file": Path(settings.output_dir) / "rejected_prompts.jsonl",
+    }
+    return [row for file in settings.prompt_files for row in read_prompts(file, **options).rows]
 
 
 def respond(
@@ -99,13 +112,15 @@ def evaluate(settings: EvaluateSettings, run: RunFolder) -> dict[str, Any]:
     device = "cuda" if torch.cuda.is_available() and not settings.use_cpu else "cpu"
     tokenizer = load_tokenizer(settings.model_name_or_path)
     chat = load_chat_format(tokenizer, settings.chat_format)
-    records = [row for file in settings.prompt_files for row in read_prompts(file, chat_format=chat).rows]
-    if not records:
-        raise UserError(f"prompt_files: no usable prompt in {settings.prompt_files}")
+    records = read_records(settings, chat)
 
     def load(path: str) -> Any:
         model_settings = ModelSettings(model_name_or_path=path, dtype=settings.dtype)
         return load_policy(model_settings, trainable=False).to(device)
+
+    def load_reward(path: str) -> Any:
+        model_settings = ModelSettings(model_name_or_path=path, dtype=settings.dtype)
+        return load_reward_model(path, resolve_dtype(model_settings, trainable=False)).to(device)
 
     policy = load(settings.model_name_or_path)
     summary: dict[str, Any] = {"prompts": len(records), "ci95": {}}
@@ -135,8 +150,7 @@ def evaluate(settings: EvaluateSettings, run: RunFolder) -> dict[str, Any]:
         raw: dict[str, Tensor] = {}
         for name in ("helpfulness", "safety"):
             if path := getattr(settings, f"{name}_model_path"):
-                reward_model = load_reward_model(path).to(device)
-                raw[name] = score_ids(reward_model, [[*p, *r] for p, r in zip(prompts, responses, strict=True)])
+                raw[name] = score_ids(load_reward(path), [[*p, *r] for p, r in zip(prompts, responses, strict=True)])
                 _figure(summary, f"reward_{name}{suffix}", raw[name].tolist())
                 for i, row in enumerate(rows):
                     row[f"reward_{name}{suffix}"] = [round(x, 4) for x in raw[name][i * k : (i + 1) * k].tolist()]
