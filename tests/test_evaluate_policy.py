@@ -10,7 +10,9 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from configs.chat import load_chat_format
 from configs.errors import UserError
+from configs.sampling_settings import SamplingSettings
 from rlhf.evaluate_policy import gold_scores, main, response_logprobs
+from rlhf.sampler import sample
 from rlhf.simulation.people import Mix, draw_prompts
 
 SAMPLES = 2
@@ -146,6 +148,17 @@ def test_reward_scores_and_lengths_belong_to_the_greedy_responses(paths, run):
             score = judge(full[None], attention_mask=torch.ones_like(full[None])).logits.item()
         assert row["reward_safety_greedy"] == [pytest.approx(score, abs=2e-4)]
     assert run[1]["response_tokens_greedy"] == pytest.approx(sum(lengths) / 10, abs=1e-4)
+
+
+def test_each_row_has_the_samples_of_its_own_prompt(paths, run):
+    rows = jsonl(run[0] / "responses.jsonl")
+    chat = load_chat_format(AutoTokenizer.from_pretrained(paths["policy"]))
+    model = AutoModelForCausalLM.from_pretrained(paths["policy"])
+    prompts = [chat.encode_prompt(row["prompt"]) for row in rows]
+    settings = SamplingSettings(temperature=1.0, max_new_tokens=6)
+    drawn = sample(model, prompts, SAMPLES, settings, stop_ids=chat.stop_ids, pad_id=3, seed=0).response_ids
+    for i, row in enumerate(rows):
+        assert row["responses"] == [chat.decode_response(ids) for ids in (drawn[2 * i], drawn[2 * i + 1])]
 
 
 def test_kl_is_the_mean_log_ratio_and_zero_to_itself(paths, run, tmp_path):
