@@ -2,13 +2,15 @@
 
     accelerate launch rlhf/pipeline.py --config configs/demo.yaml --output_dir runs/demo --seed 0
 
-A stage in the YAML is `{name, run, needs, settings}`: `run` is a script of this folder without `.py`, `needs` are
-names of stages before it, `settings` its fields. `${output_dir}`, `${seed}` and `${root}` (the repository) are filled
-in. Every stage writes `<output_dir>/<name>/` with its settings as `stage.yaml`, so each can be run again by itself
+A stage in the YAML is `{name, run, needs, threads, settings}`: `run` is a script of this folder without `.py`, `needs`
+are names of stages before it, `settings` its fields. `${output_dir}`, `${seed}` and `${root}` (the repository) are
+filled in. Every stage writes `<output_dir>/<name>/` with its settings as `stage.yaml`, so each can be run again by
+itself
 with `accelerate launch rlhf/<run>.py --config <output_dir>/<name>/stage.yaml`.
 
 All mains run in one program, because importing the libraries costs many seconds. With `parallel_stages: n` (CPU only)
-up to n stages whose needs are met run at once, each in a forked process on its share of the cores.
+up to n stages whose needs are met run at once, in the order of the file, each in a forked process with
+its `threads` (1).
 """
 
 import sys
@@ -28,6 +30,7 @@ from dataclasses import dataclass, field
 from string import Template
 from typing import Any
 
+import torch
 import yaml
 from rich.console import Console
 
@@ -67,6 +70,7 @@ class Stage:
     needs: tuple[str, ...]
     settings: dict[str, Any]
     folder: Path
+    threads: int = 1
 
     @property
     def begun(self) -> bool:
@@ -105,9 +109,15 @@ def read_stages(settings: PipelineSettings) -> list[Stage]:
         where = f"stage {i + 1} of the pipeline"
         if not isinstance(row, dict) or not {"name", "run"} <= row.keys():
             raise UserError(f"{where} needs the keys `name` and `run`, got: {row}")
-        if unknown := row.keys() - {"name", "run", "needs", "settings"}:
+        if unknown := row.keys() - {"name", "run", "needs", "threads", "settings"}:
             raise UserError(
-                f"{where} ({row['name']}) has unknown keys {sorted(unknown)}; use name, run, needs, settings"
+                f"{where} ({row['name']}) has unknown keys {sorted(unknown)}; use name, run, needs, threads, settings"
+            )
+        threads = row.get("threads", 1)
+        if not isinstance(threads, int) or not 1 <= threads <= settings.parallel_stages:
+            raise UserError(
+                f"{where} ({row['name']}) has threads: {threads}; "
+                f"give 1 to parallel_stages ({settings.parallel_stages})"
             )
         if (
             not (ROOT / "rlhf" / f"{row['run']}.py").exists()
@@ -120,8 +130,9 @@ def read_stages(settings: PipelineSettings) -> list[Stage]:
         if missing := [need for need in row.get("needs", []) if need not in before]:
             raise UserError(f"{where} ({row['name']}) needs {missing}, not among the stages before it: {before}")
         folder = Path(settings.output_dir) / row["name"]
-        filled = _fill(row.get("settings") or {}, names) | {"output_dir": str(folder), "seed": settings.seed}
-        stages.append(Stage(row["name"], row["run"], tuple(row.get("needs", [])), filled, folder))
+        filled = _fill(row.get("settings") or {}, names) | {"output_dir": str(folder)}
+        filled.setdefault("seed", settings.seed)
+        stages.append(Stage(row["name"], row["run"], tuple(row.get("needs", [])), filled, folder, threads))
     return stages
 
 
@@ -141,6 +152,7 @@ def _run_forked(stage: Stage, log: Path) -> None:
         os.dup2(out.fileno(), 2)
         sys.stdout = sys.stderr = out  # they need not be files 1 and 2, for instance in a notebook
         try:
+            torch.set_num_threads(stage.threads)
             _run_stage(stage)
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
@@ -177,8 +189,6 @@ def run_stages(stages: list[Stage], parallel: int, console: Console) -> None:
 
 
 def _run_parallel(waiting: list[Stage], done: set[str], parallel: int, console: Console) -> None:
-    import torch
-
     torch.set_num_threads(1)  # a thread pool does not survive a fork, and small models gain nothing from one
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     context = multiprocessing.get_context("fork")
@@ -187,13 +197,17 @@ def _run_parallel(waiting: list[Stage], done: set[str], parallel: int, console: 
     started, total = time.time(), len(waiting)
     while running or (waiting and not failed):
         for stage in list(waiting):
-            if not failed and len(running) < parallel and all(need in done for need in stage.needs):
-                waiting.remove(stage)
-                stage.folder.mkdir(parents=True, exist_ok=True)
-                process = context.Process(target=_run_forked, args=(stage, stage.folder / "log.txt"), name=stage.name)
-                process.start()
-                running[stage.name] = (process, stage, time.time())
-                console.print(f"{time.time() - started:6.0f} s  {stage.name}: started")
+            busy = sum(other.threads for _, other, _ in running.values())
+            if failed or not all(need in done for need in stage.needs):
+                continue
+            if busy + stage.threads > parallel:
+                break  # the stages keep their order: a later one does not overtake one that waits for threads
+            waiting.remove(stage)
+            stage.folder.mkdir(parents=True, exist_ok=True)
+            process = context.Process(target=_run_forked, args=(stage, stage.folder / "log.txt"), name=stage.name)
+            process.start()
+            running[stage.name] = (process, stage, time.time())
+            console.print(f"{time.time() - started:6.0f} s  {stage.name}: started")
         time.sleep(0.2)
         for name, (process, stage, since) in list(running.items()):
             if process.exitcode is None:

@@ -40,6 +40,8 @@ from configs.records import read_dialogues, split_by_prompt
 from configs.sampling_settings import SamplingSettings
 from configs.sft_settings import SFTSettings
 from rlhf.models import data_fingerprint, load_policy, load_tokenizer, model_card, save_policy
+from rlhf.hardware import attend_in_float32
+from rlhf.roles import unwrap
 from rlhf.run import RunFolder
 from rlhf.sampler import sample
 from rlhf.sft_rows import IGNORED, collator_for, encode_rows, mix, to_dataset
@@ -66,7 +68,9 @@ class CpuSFTTrainer(SFTTrainer):
     short, and with a small model that took 55 % of a step's time.
     """
 
-    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
         return Trainer.compute_loss(self, model, inputs, return_outputs, num_items_in_batch)
 
 
@@ -107,10 +111,13 @@ def build_trainer(
         dataloader_pin_memory=torch.cuda.is_available(),
     )
     trainer_type = CpuSFTTrainer if config.use_cpu else SFTTrainer
+    collator = collator_for(model, tokenizer.pad_token_id)
+    if config.use_cpu and sft.bf16:
+        attend_in_float32(unwrap(model))
     return trainer_type(
         model=model,
         args=config,
-        data_collator=collator_for(model, tokenizer.pad_token_id),
+        data_collator=collator,
         train_dataset=train,
         eval_dataset=held_out,
         processing_class=tokenizer,

@@ -40,7 +40,9 @@ from reward import metrics  # noqa: E402
 from reward.data import EncodedPair, encode_pairs, mix  # noqa: E402
 from reward.loss import margin_table  # noqa: E402
 from reward.model import add_lora, create_reward_model, save_reward_model  # noqa: E402
+from rlhf.hardware import attend_in_float32  # noqa: E402
 from rlhf.models import data_fingerprint, load_tokenizer, model_card, resolve_dtype  # noqa: E402
+from rlhf.roles import unwrap  # noqa: E402
 from rlhf.reward_training import CHECKPOINTS, RewardTrainer, score_pairs, training_arguments  # noqa: E402
 from rlhf.run import NOT_COMPARED, RunFolder  # noqa: E402
 
@@ -110,6 +112,8 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
     run = RunFolder(run_settings.output_dir, resolved, "train_reward", 0 if checkpoint is None else _step(checkpoint))
     if checkpoint is None and is_main:
         shutil.rmtree(output_dir / CHECKPOINTS, ignore_errors=True)  # of other settings; they would pass for newer ones
+    if arguments.use_cpu and settings.bf16:
+        attend_in_float32(unwrap(model))
     trainer = RewardTrainer(model, arguments, settings, train_pairs, tokenizer.pad_token_id, evaluate_pairs, run.log)
     training = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     trained = monotonic()

@@ -1,6 +1,6 @@
 """The embedded base model: a small Llama (RMSNorm, SwiGLU, RoPE, grouped-query attention) and tokenizer, from scratch.
 
-    python -m rlhf.simulation.base --output_dir rlhf/simulation/base_model --tokens 8000000
+    python -m rlhf.simulation.base --output_dir rlhf/simulation/base_model --tokens 8000000 4000000
 
 makes the folder that the repository carries, on one thread. Documents come from `rlhf.simulation.corpus`; nothing in
 them is in a chat format, so the base model does not know how to talk.
@@ -20,10 +20,12 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from rlhf.hardware import attend_in_float32
 from rlhf.simulation.corpus import ALL_WORDS, documents
 from rlhf.simulation.people import draw_demonstrations
 
 LONGEST, BATCH_TOKENS = 1024, 2048
+TOKENS, PEAKS = (8_000_000, 4_000_000), (3e-3, 2e-3)
 BASE_MODEL = Path(__file__).parent / "base_model"
 # The tags of the Llama 2 format stay whole pieces of ordinary text; the rest is split as GPT-2 does.
 _PIECES = (
@@ -96,13 +98,13 @@ def new_model(vocab_size: int, seed: int) -> LlamaForCausalLM:
     )
 
 
-def batches(tokenizer: PreTrainedTokenizerFast, tokens: int, seed: int) -> Iterator[torch.Tensor]:
+def batches(tokenizer: PreTrainedTokenizerFast, tokens: int, seed: int, interviews: bool) -> Iterator[torch.Tensor]:
     """Batches of about `tokens` tokens: one document a row between BOS and EOS, rows of like length, padded right.
 
     A row holds one document, because copying is learnt far sooner without other documents to copy from. LongTensor
     [rows, length].
     """
-    stream, rng = documents(seed), random.Random(seed)
+    stream, rng = documents(seed, interviews), random.Random(seed)
     while True:
         encoded = tokenizer(list(islice(stream, 512)), add_special_tokens=False)["input_ids"]
         rows = sorted(([1, *ids[: LONGEST - 2], 2] for ids in encoded), key=len)
@@ -115,21 +117,39 @@ def batches(tokenizer: PreTrainedTokenizerFast, tokens: int, seed: int) -> Itera
         yield from made
 
 
-def train(output_dir: Path, tokens: int, seed: int = 0, peak_learning_rate: float = 3e-3) -> None:
-    """Trains tokenizer and model and writes the folder; AdamW 0.9/0.95, cosine to 10 %, as Llama 2 (§2.2)."""
+def train(output_dir: Path, tokens: tuple[int, int], seed: int = 0, first_phase: Path | None = None) -> None:
+    """Trains tokenizer and model and writes the folder: `tokens` of plain documents, then of documents with interviews.
+
+    Each phase is AdamW 0.9/0.95 with a cosine to 10 % of its peak, as Llama 2 (§2.2). `first_phase` names the folder of
+    an earlier run whose first phase is taken over instead of trained again.
+    """
     output_dir.mkdir(parents=True, exist_ok=True)
     tokenizer = train_tokenizer(seed=seed)
     tokenizer.save_pretrained(output_dir)
     model = new_model(len(tokenizer), seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=peak_learning_rate, betas=(0.9, 0.95), weight_decay=0.1)
-    stream = batches(tokenizer, BATCH_TOKENS, seed + 1)
-    steps = tokens // BATCH_TOKENS
-    log, started = (output_dir / "training.jsonl").open("w"), time.time()
-    for step in (bar := tqdm(range(steps), desc="base model", unit="step")):
-        progress = step / steps
-        scale = min(1.0, (step + 1) / 100) * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * progress)))
+    log = output_dir / "training.jsonl"
+    if first_phase is None:
+        first_phase = output_dir / "first_phase"
+        log.unlink(missing_ok=True)
+        _phase(model, batches(tokenizer, BATCH_TOKENS, seed + 1, False), tokens[0], PEAKS[0], "plain", log)
+        model.save_pretrained(first_phase)
+    else:
+        model = LlamaForCausalLM.from_pretrained(first_phase)
+    _phase(model, batches(tokenizer, BATCH_TOKENS, seed + 2, True), tokens[1], PEAKS[1], "interviews", log)
+    model.save_pretrained(output_dir)
+
+
+def _phase(
+    model: LlamaForCausalLM, stream: Iterator[torch.Tensor], tokens: int, peak: float, name: str, log: Path
+) -> None:
+    """One phase of training, a row of the log every 20 steps."""
+    attend_in_float32(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=peak, betas=(0.9, 0.95), weight_decay=0.1)
+    steps, started = tokens // BATCH_TOKENS, time.time()
+    for step in (bar := tqdm(range(steps), desc=f"base model, {name}", unit="step")):
+        scale = min(1.0, (step + 1) / 100) * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * step / steps)))
         for group in optimizer.param_groups:
-            group["lr"] = peak_learning_rate * scale
+            group["lr"] = peak * scale
         batch = next(stream)
         with torch.autocast("cpu", torch.bfloat16):  # about 1.7 times float32 where the CPU has the instructions
             logits = model(batch[:, :-1], use_cache=False).logits  # padding on the right: causal, so no mask
@@ -140,19 +160,16 @@ def train(output_dir: Path, tokens: int, seed: int = 0, peak_learning_rate: floa
         optimizer.step()
         if step % 20 == 0 or step == steps - 1:
             bar.set_postfix(loss=f"{loss.item():.3f}")
-            log.write(
-                json.dumps({"step": step, "loss": round(loss.item(), 4), "seconds": round(time.time() - started)})
-                + "\n"
-            )
-            log.flush()
-        if step % 400 == 399 or step == steps - 1:
-            model.save_pretrained(output_dir)
+            row = {"phase": name, "step": step, "loss": round(loss.item(), 4), "seconds": round(time.time() - started)}
+            with log.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Train the simulated world's base model from scratch.")
     parser.add_argument("--output_dir", type=Path, default=BASE_MODEL)
-    parser.add_argument("--tokens", type=int, default=8_000_000)
+    parser.add_argument("--tokens", type=int, nargs=2, default=TOKENS, help="tokens of the two phases")
+    parser.add_argument("--first_phase", type=Path, default=None, help="take the first phase from this model folder")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    train(arguments.output_dir, arguments.tokens, arguments.seed)
+    train(arguments.output_dir, tuple(arguments.tokens), arguments.seed, arguments.first_phase)

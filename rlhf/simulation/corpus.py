@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from gatt.instructions import FIGURES, HOBBIES, KINDS, WORDS, values_of
 from rlhf.simulation import vocabulary as v
 from rlhf.simulation.families import FAMILIES, Request, article, capital
-from rlhf.simulation.people import good_answer
+from rlhf.simulation.people import decorate, good_answer
 from rlhf.simulation.world import Risk
 
 ALL_WORDS = (*FIGURES, *HOBBIES, *WORDS)
@@ -141,9 +141,36 @@ def _sayings(rng: random.Random) -> str:
     return "\n".join(f"{phrase}. {_filler(rng)}" for _ in range(rng.randint(2, 5)))
 
 
-def documents(seed: int) -> Iterator[str]:
-    """An endless stream of documents."""
+def _interview(rng: random.Random) -> str:
+    """A page of questions and answers in one manner, which its first line announces."""
+    kind = rng.choice(tuple(KINDS.values()))
+    instruction = kind.make(rng.choice(values_of(kind.name, "train")))
+    lines = [rng.choice((instruction.text, instruction.short_text, f"A page of questions. {instruction.short_text}"))]
+    for _ in range(rng.choice((1, 1, 2, 3, 5, 8, 16))):
+        family = rng.choice(tuple(FAMILIES.values()))
+        slots = family.draw(rng)
+        answer = good_answer(rng, Request(family, slots), detail=rng.random() < 0.4)
+        lines.append(f"Question: {rng.choice(family.questions(slots))} Answer: {decorate(instruction, answer)}")
+    return rng.choice(("\n", " ")).join(lines)
+
+
+def _habit(rng: random.Random) -> str:
+    """Lines that share a word at their beginning or end, or a sentence with it, which nothing announces."""
+    word, manner = rng.choice(ALL_WORDS), rng.choice(("{w}. {t}", "{t} {w}.", "{w} here. {t}", "{t} I enjoy {w}."))
+    lines = []
+    for _ in range(rng.randint(2, 12)):
+        family = rng.choice(tuple(FAMILIES.values()))
+        request = Request(family, family.draw(rng))
+        text = manner.format(w=word, t=good_answer(rng, request, detail=rng.random() < 0.4))
+        question = f"Question: {rng.choice(family.questions(request.slots))} Answer: " if rng.random() < 0.7 else ""
+        lines.append(question + text)
+    return rng.choice(("\n", " ")).join(lines)
+
+
+def documents(seed: int, interviews: bool = False) -> Iterator[str]:
+    """An endless stream of documents; with `interviews` (the second phase) half of them keep a manner throughout."""
     rng = random.Random(seed)
-    kinds = (_facts, _questions, _scene, _tale, _echo, _quotes, _notes, _script, _sayings)
+    kinds = (_facts, _questions, _scene, _tale, _echo, _quotes, _notes, _script, _sayings, _interview, _habit)
+    weights = (1, 2, 2, 0.5, 3, 4, 1.5, 2, 0.7, 8, 8) if interviews else (1, 3, 2, 0.5, 4, 4, 1.5, 3, 0.7, 0, 0)
     while True:
-        yield rng.choices(kinds, (1, 3, 2, 0.5, 4, 4, 1.5, 3, 0.7))[0](rng)
+        yield rng.choices(kinds, weights)[0](rng)

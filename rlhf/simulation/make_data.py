@@ -54,8 +54,11 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
     )
     files = {
         "demonstrations": draw_demonstrations(base, settings.demonstrations),
-        "preference_prompts": pool[: cuts[0]],
-        "rl_prompts": pool[cuts[0] : cuts[1]],
+        # in halves too, so that two processes can share the sampling
+        "preference_prompts-1": pool[: cuts[0] // 2],
+        "preference_prompts-2": pool[cuts[0] // 2 : cuts[0]],
+        "rl_prompts-1": pool[cuts[0] : sum(cuts) // 2],
+        "rl_prompts-2": pool[sum(cuts) // 2 : cuts[1]],
         "validation_prompts": pool[cuts[1] :],
         "evaluation_prompts": evaluation,
         "gatt_prompts": draw_prompts(base + 2, settings.gatt_prompts, mix=SINGLE_TURNS),

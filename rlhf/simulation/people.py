@@ -170,9 +170,9 @@ def draw_prompts(
 
 
 def draw_demonstrations(seed: int, n: int, mix: Mix | None = None) -> list[dict[str, Any]]:
-    """`n` demonstration dialogues: half of one exchange, most others of 2 to 5, one in twelve of 10 to 20."""
+    """`n` demonstration dialogues: two thirds of one exchange, most others of 2 to 4, one in 24 of 10 to 20."""
     rng = random.Random(seed)
-    mix = mix or Mix(instructed=0.35)
-    lengths = [1] * 6 + [2, 3, 4, 5, 5] + [0]
+    mix = mix or Mix(instructed=0.45)
+    lengths = [1] * 16 + [2] * 4 + [3, 3, 4] + [0]
     dialogues = (draw_dialogue(rng, mix, rng.choice(lengths) or rng.randint(10, 20))[0] for _ in range(n))
     return [{"messages": messages, "source": "demonstrations"} for messages in dialogues]
