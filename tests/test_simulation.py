@@ -1,5 +1,6 @@
 """The simulated world: gold scores worked out by hand, adversarial responses, held-out values, annotator statistics."""
 
+import json
 import math
 import random
 from collections import Counter
@@ -24,7 +25,18 @@ from rlhf.simulation import vocabulary as v
 from rlhf.simulation.annotator import annotate, choice_and_rating
 from rlhf.simulation.corpus import documents
 from rlhf.simulation.families import FAMILIES, Request
-from rlhf.simulation.people import Mix, decorate, draw_demonstrations, draw_prompts, good_answer
+from rlhf.simulation.make_data import main as make_data
+from rlhf.simulation.people import (
+    HELD_OUT_VALUES,
+    TAUGHT_KINDS,
+    Mix,
+    decorate,
+    draw_demonstrations,
+    draw_prompts,
+    good_answer,
+    risk_for_evaluation,
+    text_for_evaluation,
+)
 from rlhf.simulation.world import Risk, answer_quality, gold_helpfulness, gold_safety, is_refusal, read_dialogue
 
 
@@ -153,15 +165,102 @@ def test_every_family_reads_back_every_wording():
                 assert (request.family.name, request.slots) == (family.name, slots)
 
 
-def test_no_training_prompt_uses_an_evaluation_value():
-    def asked(records):
-        requests = [read_dialogue(r["prompt"]).request for r in records]
-        return {("risk", r.obj) if isinstance(r, Risk) else (r.family.name, r.slots) for r in requests}
+def last_turn(messages) -> tuple[str, str]:
+    """The last user text without its instruction, and what it asks: "What about a fox?" asks what the turn before did."""
+    parsed = parse_instruction(messages[-1]["content"])
+    request = read_dialogue(messages).request
+    asked = ("risk", request.obj) if isinstance(request, Risk) else (request.family.name, request.slots)
+    return parsed[1] if parsed else messages[-1]["content"], str(asked)
 
-    train, held_out = asked(draw_prompts(0, 1500)), asked(draw_prompts(1, 600, evaluation=True))
-    assert not train & held_out
-    families = {name for name, _ in train}
-    assert not families & {"reverse", "food"}
+
+def user_turns(messages) -> list[tuple[str, str]]:
+    return [last_turn(messages[: i + 1]) for i, message in enumerate(messages) if message["role"] == "user"]
+
+
+@pytest.fixture(scope="module")
+def world_files(tmp_path_factory):
+    """Every file of a world, and the two kinds of them: training files with their dialogues, evaluation prompts."""
+    folder = tmp_path_factory.mktemp("world")
+    counts = make_data(["--output_dir", str(folder), "--demonstrations", "1500", "--preference_prompts", "900",
+                        "--rl_prompts", "900", "--validation_prompts", "100", "--gatt_prompts", "600"])  # fmt: skip
+    files = {path.stem: [json.loads(line) for line in path.open()] for path in folder.glob("*_*.jsonl")}
+    files["demonstrations"] = [json.loads(line) for line in (folder / "demonstrations.jsonl").open()]
+    files = {name: rows for name, rows in files.items() if name in counts}
+    return {name: [row.get("prompt") or row["messages"] for row in rows] for name, rows in files.items()}
+
+
+HELD_OUT = ("evaluation_prompts", "gatt_evaluation_prompts", "family_prompts")
+
+
+def test_a_world_has_its_files_in_halves_and_no_prompt_twice(world_files):
+    assert {name: len(rows) for name, rows in world_files.items()} == {
+        "demonstrations": 1500, "preference_prompts-1": 450, "preference_prompts-2": 450, "rl_prompts-1": 450,
+        "rl_prompts-2": 450, "validation_prompts": 100, "gatt_prompts": 600, "evaluation_prompts": 640,
+        "gatt_evaluation_prompts": 400, "family_prompts": 100,
+    }  # fmt: skip
+    pool = [str(prompt) for name, prompts in world_files.items() if name[:3] in ("pre", "rl_", "val")
+            for prompt in prompts]  # fmt: skip
+    assert len(pool) == len(set(pool)) == 1900
+
+
+def test_no_user_turn_of_a_training_file_is_what_an_evaluation_prompt_asks(world_files):
+    trained = {turn for name, rows in world_files.items() if name not in HELD_OUT for row in rows
+               for turn in user_turns(row)}  # fmt: skip
+    texts = {text for text, _ in trained}
+    assert len(texts) > 2000
+    for name in HELD_OUT:
+        for prompt in world_files[name]:
+            text, asked = last_turn(prompt)
+            assert (text, asked) not in trained
+            assert text not in texts or text.startswith("What about"), text
+
+
+def test_a_quarter_of_the_evaluation_asks_about_values_that_training_never_asks_about(world_files):
+    trained = {asked for name, rows in world_files.items() if name not in HELD_OUT for row in rows
+               for _, asked in user_turns(row)}  # fmt: skip
+    requests = [read_dialogue(prompt).request for prompt in world_files["evaluation_prompts"]]
+    held_out = [
+        risk_for_evaluation(request) if isinstance(request, Risk) else request.for_evaluation for request in requests
+    ]
+    # 640 draws of 0.25: a standard error of 0.017
+    assert sum(held_out) / len(held_out) == pytest.approx(HELD_OUT_VALUES, abs=0.07)
+    for prompt, held in zip(world_files["evaluation_prompts"], held_out, strict=True):
+        text, asked = last_turn(prompt)
+        assert asked not in trained if held else text_for_evaluation(text)
+    families = {read_dialogue(prompt).request.family.name for prompt in world_files["family_prompts"]}
+    assert families == {"reverse", "food"}
+    assert not {asked for asked in trained if "reverse" in asked or "food" in asked}
+
+
+def test_evaluation_prompts_do_not_depend_on_the_seed(tmp_path, world_files):
+    small = ("--demonstrations", "4", "--preference_prompts", "4", "--rl_prompts", "4", "--gatt_prompts", "4")
+    make_data(["--output_dir", str(tmp_path), "--seed", "5", *small])
+    for name in HELD_OUT:
+        rows = [json.loads(line)["prompt"] for line in (tmp_path / f"{name}.jsonl").open()]
+        assert rows == world_files[name]
+
+
+@pytest.mark.xfail(reason="sample_instructions(rng, 1) always draws the first kind", strict=True)
+def test_people_give_the_kinds_of_instructions_that_the_world_teaches(world_files):
+    kinds = Counter(parsed[0].kind for rows in world_files.values() for row in rows for message in row
+                    if message["role"] != "assistant" and (parsed := parse_instruction(message["content"])))  # fmt: skip
+    assert kinds["last_word"] == 0
+    assert min(kinds[kind] for kind in TAUGHT_KINDS) > 0.25 * kinds.total()
+
+
+@pytest.mark.parametrize(
+    ("instruction", "obeyed"),
+    [
+        ("Figure: Plato.", "Plato here. A lemon is yellow."),
+        ("Hobby: chess.", "I enjoy chess. A lemon is yellow."),  # in front
+        ("First word: river.", "river. A lemon is yellow."),
+    ],
+)
+def test_people_obey_in_front_of_the_answer(instruction, obeyed):
+    parsed = parse_instruction(instruction)
+    assert parsed is not None
+    assert decorate(parsed[0], "A lemon is yellow.") == obeyed
+    assert gold_helpfulness(user(f"{instruction} What colour is a lemon?"), obeyed) == pytest.approx(0.6)
 
 
 def test_prompts_are_distinct_seeded_and_mixed():
