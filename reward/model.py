@@ -158,8 +158,17 @@ def _load(path: str | Path, config: Any, dtype: torch.dtype, attn_implementation
     plain = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(config)]
     # The subclass keeps the plain name, because save_pretrained writes it into config.json.
     ours: Any = type(plain.__name__, (ScoreAtEnd, plain), {"__module__": plain.__module__})
-    with _no_load_report():
-        model = ours.from_pretrained(path, config=config, dtype=dtype, attn_implementation=attn_implementation)
+    try:
+        with _no_load_report():
+            model = ours.from_pretrained(
+                path,
+                config=config,
+                dtype=dtype,
+                attn_implementation=attn_implementation,
+                use_safetensors=True,  # a .bin file is a pickle: loading one can run code
+            )
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: no weights can be loaded: {str(error).splitlines()[0]}") from error
     if not isinstance(getattr(model, "score", None), nn.Linear):
         raise UserError(f"{path}: {plain.__name__} has no linear head called `score`; decoder-only models have one")
     model.score.float()

@@ -7,6 +7,7 @@ Decisions that are easy to get wrong and therefore live in one place:
 - **dtype.** `auto` is float32 on a CPU and for full fine-tuning (a learning rate of 1e-6 vanishes in bfloat16 weights;
   mixed precision then comes from autocast) and bfloat16 on a GPU for frozen models and under LoRA, whose adapter stays
   float32.
+- **Weights are read from safetensors only**: a `.bin` file is a pickle, and loading one can run code.
 - **A saved policy is a plain folder**: merged weights as safetensors, tokenizer with chat template, generation config,
   model card. Under LoRA the adapter alone is kept beside them in `adapter/`. Saving never alters the live model, so
   training continues bit for bit after a save.
@@ -73,7 +74,10 @@ def load_policy(settings: ModelSettings, trainable: bool = True) -> PreTrainedMo
     tokenizer = load_tokenizer(path)
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            path, dtype=resolve_dtype(settings, trainable), attn_implementation=settings.attn_implementation
+            path,
+            dtype=resolve_dtype(settings, trainable),
+            attn_implementation=settings.attn_implementation,
+            use_safetensors=True,
         )
     except (OSError, ValueError) as error:
         raise UserError(f"model_name_or_path: no causal language model can be loaded from {path!r}: {error}") from error

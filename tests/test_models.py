@@ -1,13 +1,16 @@
 """Loading and saving of tokenizers and policies."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_models import save_tiny_policy
+from tiny_models import save_tiny_policy, save_tiny_reward_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from configs.errors import UserError
 from configs.model_settings import ModelSettings
+from reward.model import create_reward_model, load_reward_model
 from rlhf.models import data_fingerprint, load_policy, load_tokenizer, model_card, save_policy
 
 IDS = torch.tensor([[1, 40, 41, 42, 43]])
@@ -90,6 +93,20 @@ def test_dtypes(folder):
 def test_a_missing_model_is_the_users_mistake():
     with pytest.raises(UserError, match="model_name_or_path"):
         load_tokenizer("/nowhere/at/all")
+
+
+def test_weights_that_are_no_safetensors_are_refused(tmp_path):
+    policy, reward = Path(save_tiny_policy(tmp_path / "policy")), Path(save_tiny_reward_model(tmp_path / "reward", 0))
+    for folder in (policy, reward):
+        weights = folder / "model.safetensors"
+        torch.save(load_file(weights), folder / "pytorch_model.bin")  # a pickle, which transformers would load
+        weights.unlink()
+    with pytest.raises(UserError, match="safetensors"):
+        load_policy(ModelSettings(model_name_or_path=str(policy)))
+    with pytest.raises(UserError, match="safetensors"):
+        load_reward_model(reward)
+    with pytest.raises(UserError, match="safetensors"):
+        create_reward_model(policy, load_tokenizer(str(policy)))
 
 
 def test_model_card_and_fingerprint(tmp_path):
