@@ -2,8 +2,8 @@
 
     accelerate launch rlhf/simulation/make_data.py --output_dir runs/world
 
-No prompt is in two files: the training files never draw the values, objects and families that evaluation uses, and the
-prompts of the training files are dealt out once.
+No prompt of a training file is asked in evaluation, which draws from wordings, values, objects and families held out
+for it. The prompts for comparisons, for rejection sampling and PPO, and for choosing PPO's checkpoint differ.
 """
 
 import sys
@@ -33,7 +33,9 @@ class WorldSettings:
     preference_prompts: int = field(default=6000, metadata={"help": "prompts for the comparisons"})
     rl_prompts: int = field(default=6000, metadata={"help": "prompts for rejection sampling and PPO"})
     validation_prompts: int = field(default=256, metadata={"help": "prompts that choose PPO's checkpoint"})
-    evaluation_prompts: int = field(default=640, metadata={"help": "prompts with held-out values for the evaluation"})
+    evaluation_prompts: int = field(
+        default=640, metadata={"help": "prompts in held-out wordings or of held-out values"}
+    )
     gatt_prompts: int = field(
         default=3000, metadata={"help": "single user turns to build Ghost Attention dialogues from"}
     )
@@ -74,6 +76,7 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
     for name, rows in files.items():
         write_jsonl(Path(settings.output_dir) / f"{name}.jsonl", rows)
     counts = {name: len(rows) for name, rows in files.items()}
+    run.log(0, counts)
     run.finish(counts)
     return counts
 
