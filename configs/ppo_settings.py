@@ -22,6 +22,7 @@ class PPOSettings:
         default="helpfulness", metadata={"help": "What the value model starts from: `helpfulness` or `policy`."}
     )
     max_prompt_tokens: int = field(default=1024, metadata={"help": "Longer prompts are refused by the reader."})
+    max_reject_share: float = field(default=0.05, metadata={"help": "Share of bad rows above which the run stops."})
     max_new_tokens: int = field(default=512, metadata={"help": "Longest response, in tokens."})
     temperature: float = field(default=1.0, metadata={"help": "Of sampling, and so of the policy that is trained."})
 
@@ -90,6 +91,8 @@ class PPOSettings:
                 f"batch_size {self.batch_size} is not a multiple of mini_batch_size {self.mini_batch_size}: some"
                 " responses would be sampled and never trained on"
             )
+        if not 0.0 <= self.max_reject_share < 1.0:
+            raise UserError(f"max_reject_share must be in [0, 1), not {self.max_reject_share}")
         if self.token_budget < 0:
             raise UserError(f"token_budget: {self.token_budget} tokens; 0 takes what suits the device")
         if self.temperature <= 0:

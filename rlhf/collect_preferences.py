@@ -39,7 +39,7 @@ from rlhf.draw import sample_seeds
 from rlhf.labels import LABELS, import_labels, preference_record
 from rlhf.models import load_policy, load_tokenizer
 from rlhf.rejection_sampling import read_prompt_files, usable
-from rlhf.run import RunFolder
+from rlhf.run import RunFolder, numbers
 from rlhf.sampler import prompt_room, sample
 from rlhf.shards import read_shards, run_shards, shard_folder, weights_stamp
 
@@ -202,7 +202,9 @@ def collect(settings: CollectSettings, run: RunSettings, folder: RunFolder) -> t
     """All pairs (of every process) and counts of what was drawn."""
     state = PartialState(cpu=run.use_cpu)
     worker = Worker(settings, run.seed, state.device)
-    prompts = read_prompt_files(settings.prompt_files, worker.variants[0][1], worker.room, folder.path)
+    prompts = read_prompt_files(
+        settings.prompt_files, worker.variants[0][1], worker.room, folder.path, settings.max_reject_share
+    )
     prompts = prompts[: settings.max_prompts or None]
     # What happens to the pairs later (annotator, split) does not change them: relabelling draws nothing again.
     later = ("annotator", "annotator_noise", "import_labels", "max_reject_share", "test_fraction")
@@ -245,7 +247,7 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
     folder = RunFolder(run.output_dir, resolved, stage="collect_preferences")
     if settings.import_labels is not None:
         records, summary = read_labels(settings, folder)
-        return folder.finish(summary | write_records(folder.path, records, settings.test_fraction, run.seed))
+        return _finish(folder, summary | write_records(folder.path, records, settings.test_fraction, run.seed))
     pairs, summary = collect(settings, run, folder)
     if not folder.is_main:
         return summary
@@ -263,6 +265,11 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
         records, figures = annotate_pairs(pairs, settings.annotator_noise, run.seed)
         summary |= figures | write_records(folder.path, records, settings.test_fraction, run.seed)
         folder.samples(0, [row for mine in records.values() for row in mine[:4]])
+    return _finish(folder, summary)
+
+
+def _finish(folder: RunFolder, summary: Row) -> Row:
+    folder.log(0, numbers(summary))
     return folder.finish(summary)
 
 

@@ -203,12 +203,15 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
         policies = {"baseline": settings.baseline_model_name_or_path, **policies}
     gold = simulated_gold() if settings.answer_check == "gold" else None
 
+    rejected = Path(run_settings.output_dir, "rejected.jsonl")
     summary: dict[str, Any] = {"num_dialogues": settings.num_dialogues, "num_turns": settings.num_turns}
     for name, path in policies.items():
         tokenizer = load_tokenizer(path)
         chat_format = load_chat_format(tokenizer, model_settings.chat_format)
         read = [
-            read_prompts(file, max_reject_share=settings.max_reject_share, chat_format=chat_format).rows
+            read_prompts(
+                file, max_reject_share=settings.max_reject_share, chat_format=chat_format, reject_file=rejected
+            ).rows
             for file in settings.prompt_files
         ]
         prompts, prompt_counts = usable_prompts([row for rows in read for row in rows])

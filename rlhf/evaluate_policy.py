@@ -35,8 +35,8 @@ from rlhf.estimates import mean_with_interval, share_with_interval
 from rlhf.losses import token_logprobs
 from rlhf.models import load_policy, load_tokenizer, resolve_dtype
 from rlhf.roles import Sequences, unwrap
-from rlhf.run import RunFolder
-from rlhf.sampler import sample
+from rlhf.run import RunFolder, numbers
+from rlhf.sampler import prompt_room, sample
 from rlhf.simulation.annotator import SAFE_FROM
 from rlhf.simulation.world import gold_helpfulness, gold_safety, is_refusal
 
@@ -57,14 +57,15 @@ def response_logprobs(model: Any, prompts: IdLists, responses: IdLists, token_bu
     return sequences.scatter(parts).sum(1).cpu()
 
 
-def read_records(settings: EvaluateSettings, chat: Any) -> list[dict[str, Any]]:
-    """The prompts of all files in order; rows that cannot be used go to `rejected_prompts.jsonl`.
+def read_records(settings: EvaluateSettings, chat: Any, room: int) -> list[dict[str, Any]]:
+    """The prompts of all files in order; rows that cannot be used, or are longer than `room` tokens, go to
+    `rejected_prompts.jsonl`.
 
     Raises UserError where a file has no usable row, or a larger share of bad ones than `max_reject_share`.
     """
     options = {
         "chat_format": chat,
-        "max_prompt_tokens": settings.max_prompt_tokens,
+        "max_prompt_tokens": room,
         "max_reject_share": settings.max_reject_share,
         "reject_file": Path(settings.output_dir) / "rejected_prompts.jsonl",
     }
@@ -112,7 +113,6 @@ def evaluate(settings: EvaluateSettings, run: RunFolder) -> dict[str, Any]:
     device = "cuda" if torch.cuda.is_available() and not settings.use_cpu else "cpu"
     tokenizer = load_tokenizer(settings.model_name_or_path)
     chat = load_chat_format(tokenizer, settings.chat_format)
-    records = read_records(settings, chat)
 
     def load(path: str) -> Any:
         model_settings = ModelSettings(model_name_or_path=path, dtype=settings.dtype)
@@ -123,6 +123,9 @@ def evaluate(settings: EvaluateSettings, run: RunFolder) -> dict[str, Any]:
         return load_reward_model(path, resolve_dtype(model_settings, trainable=False)).to(device)
 
     policy = load(settings.model_name_or_path)
+    records = read_records(settings, chat, prompt_room(policy, settings.max_new_tokens, settings.max_prompt_tokens))
+    paths = {"helpfulness": settings.helpfulness_model_path, "safety": settings.safety_model_path}
+    reward_models = {name: load_reward(path) for name, path in paths.items() if path}
     summary: dict[str, Any] = {"prompts": len(records), "ci95": {}}
     rows: list[dict[str, Any]] = [
         {"prompt": r["prompt"], "is_safety": r["is_safety"], "kind": r.get("kind")} for r in records
@@ -148,12 +151,11 @@ def evaluate(settings: EvaluateSettings, run: RunFolder) -> dict[str, Any]:
                 if not row["is_safety"]:
                     row[f"gold_helpfulness{suffix}"] = [next(values) for _ in range(k)]
         raw: dict[str, Tensor] = {}
-        for name in ("helpfulness", "safety"):
-            if path := getattr(settings, f"{name}_model_path"):
-                raw[name] = score_ids(load_reward(path), [[*p, *r] for p, r in zip(prompts, responses, strict=True)])
-                _figure(summary, f"reward_{name}{suffix}", raw[name].tolist())
-                for i, row in enumerate(rows):
-                    row[f"reward_{name}{suffix}"] = [round(x, 4) for x in raw[name][i * k : (i + 1) * k].tolist()]
+        for name, reward_model in reward_models.items():
+            raw[name] = score_ids(reward_model, [[*p, *r] for p, r in zip(prompts, responses, strict=True)])
+            _figure(summary, f"reward_{name}{suffix}", raw[name].tolist())
+            for i, row in enumerate(rows):
+                row[f"reward_{name}{suffix}"] = [round(x, 4) for x in raw[name][i * k : (i + 1) * k].tolist()]
         if len(raw) == 2:
             is_safety = torch.tensor([record["is_safety"] for record in repeated])
             _figure(
@@ -177,6 +179,7 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
         return completed
     run = RunFolder(settings.output_dir, asdict(settings), stage="evaluate_policy")
     summary = evaluate(settings, run)
+    run.log(0, numbers(summary))
     run.finish(summary)
     return summary
 

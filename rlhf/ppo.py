@@ -43,9 +43,10 @@ from rlhf.draw import sample_seeds
 from rlhf.hardware import peak_memory_mib, token_budget
 from rlhf.models import data_fingerprint, load_tokenizer, model_card, save_policy
 from rlhf.prompts import prompts_of, read_encoded
-from rlhf.roles import load_roles
+from rlhf.roles import load_roles, unwrap
 from rlhf.rollout import Prompt, Rollout, advantages_and_returns, collect
 from rlhf.run import RunFolder
+from rlhf.sampler import prompt_room
 from rlhf.update import make_optimizer, update
 
 EVALUATION = 2**31  # added to the seed of held-out sampling: never the seed of an iteration
@@ -66,16 +67,16 @@ class Run:
         set_seed(run.seed)
         self.tokenizer = load_tokenizer(model_settings.model_name_or_path)
         self.chat_format = load_chat_format(self.tokenizer, model_settings.chat_format)
+        self.roles = load_roles(ppo, model_settings, self.tokenizer, self.accelerator.device, run.seed)
+        room = prompt_room(unwrap(self.roles.policy), ppo.max_new_tokens, ppo.max_prompt_tokens)
         rejected = str(Path(run.output_dir, "rejected.jsonl")) if self.accelerator.is_main_process else None
-        held_out = [ppo.eval_prompt_file] if ppo.eval_prompt_file else []
-        self.prompts, self.held_out = (
-            read_encoded(files, self.chat_format, ppo.max_prompt_tokens, rejected)
-            for files in (ppo.prompt_files, held_out)
+        self.prompts, held_out = (
+            read_encoded(files, self.chat_format, room, rejected, ppo.max_reject_share)
+            for files in (ppo.prompt_files, [ppo.eval_prompt_file] if ppo.eval_prompt_file else [])
         )
-        self.held_out = self.held_out[: ppo.eval_prompts]
+        self.held_out = held_out[: ppo.eval_prompts]
         if not self.prompts:
             raise UserError("prompt_files: no prompts to sample from")
-        self.roles = load_roles(ppo, model_settings, self.tokenizer, self.accelerator.device, run.seed)
         self.optimizer = make_optimizer(self.roles, ppo)
         self.models = {"policy": self.roles.policy, "value": self.roles.value}
         self.state: dict[str, Any] = {

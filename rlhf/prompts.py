@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Sequence
+from typing import Any
 
 from configs.chat import ChatFormat
 from configs.records import read_prompts
@@ -9,10 +10,22 @@ from rlhf.rollout import Prompt
 
 
 def read_encoded(
-    files: Sequence[str], chat_format: ChatFormat, max_prompt_tokens: int, reject_file: str | None
+    files: Sequence[str],
+    chat_format: ChatFormat,
+    max_prompt_tokens: int,
+    reject_file: str | None,
+    max_reject_share: float = 0.05,
 ) -> list[Prompt]:
-    """Prompts of all files. Rows that cannot be used go to `reject_file`, with the reason."""
-    options = {"reject_file": reject_file, "chat_format": chat_format, "max_prompt_tokens": max_prompt_tokens}
+    """Prompts of all files. Rows that cannot be used go to `reject_file`, with the reason.
+
+    Raises UserError where a larger share of a file than `max_reject_share` cannot be used.
+    """
+    options: dict[str, Any] = {
+        "reject_file": reject_file,
+        "chat_format": chat_format,
+        "max_prompt_tokens": max_prompt_tokens,
+        "max_reject_share": max_reject_share,
+    }
     rows = [row for path in files for row in read_prompts(path, **options).rows]
     return [Prompt(row["prompt"], chat_format.encode_prompt(row["prompt"]), bool(row["is_safety"])) for row in rows]
 

@@ -49,12 +49,13 @@ RUN_ONLY = ("output_dir", "report_to", "logging_steps", "resume", "use_cpu")
 SCORES = ("combined", "helpfulness", "safety")  # the rewards, raw scores; gold scores stand beside them where there are
 
 
-def read_prompt_files(files: list[str], chat_format: ChatFormat, max_tokens: int, folder: Path) -> list[Row]:
+def read_prompt_files(
+    files: list[str], chat_format: ChatFormat, max_tokens: int, folder: Path, max_reject_share: float
+) -> list[Row]:
     """The usable prompts of several files, in order; bad rows go to rejected_prompts.jsonl in `folder`."""
-    rows: list[Row] = []
-    rejects = folder / "rejected_prompts.jsonl"
-    for file in files:
-        rows += read_prompts(file, reject_file=rejects, chat_format=chat_format, max_prompt_tokens=max_tokens).rows
+    options: Row = {"reject_file": folder / "rejected_prompts.jsonl", "max_reject_share": max_reject_share}
+    options |= {"chat_format": chat_format, "max_prompt_tokens": max_tokens}
+    rows = [row for file in files for row in read_prompts(file, **options).rows]
     if not rows:
         raise UserError(f"prompt_files: no usable prompt in {files}")
     return rows
@@ -250,10 +251,10 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
     tokenizer = load_tokenizer(model.model_name_or_path)
     worker = Worker(settings, model, run.seed, tokenizer, state.device)
     room = prompt_room(worker.policy, settings.max_new_tokens, settings.max_prompt_tokens)
-    prompts = read_prompt_files(settings.prompt_files, worker.chat, room, folder.path)
+    prompts = read_prompt_files(settings.prompt_files, worker.chat, room, folder.path, settings.max_reject_share)
     prompts = prompts[: settings.max_prompts or None]
     # What the selection does later does not change the responses: another min_score samples nothing again.
-    later = ("min_score", "keep_unfinished", "max_prompts", *RUN_ONLY)
+    later = ("min_score", "keep_unfinished", "max_prompts", "max_reject_share", *RUN_ONLY)
     content: Row = {name: value for name, value in resolved.items() if name not in later}
     for name in ("model_name_or_path", "helpfulness_model_path", "safety_model_path"):
         content[f"{name} weights"] = weights_stamp(content[name])

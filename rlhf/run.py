@@ -104,6 +104,18 @@ class RunFolder:
         return result
 
 
+def numbers(summary: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
+    """The plain numbers of a nested summary, named by their path: {"a": {"b": 1}, "c": "x"} -> {"a/b": 1}. For the one
+    line that a stage without steps logs."""
+    found: dict[str, float] = {}
+    for name, value in summary.items():
+        if isinstance(value, Mapping):
+            found |= numbers(value, f"{prefix}{name}/")
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            found[f"{prefix}{name}"] = value
+    return found
+
+
 def write_atomic(path: Path, text: str) -> None:
     """Write text so that a reader, or a run killed at any moment, sees the old file or the new one, never a part."""
     temporary = path.with_name(path.name + ".tmp")

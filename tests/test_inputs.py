@@ -41,6 +41,7 @@ special tags in an instruction                         test_gatt_transform.py::t
 settings and models
 unknown field, wrong type, unreadable YAML             test_cli.py::test_mistakes_name_file_and_field
 one line and exit status 2, no traceback               test_cli.py::test_entry_prints_a_user_error_without_traceback_and_exits_2
+weights that are a pickle, not safetensors             test_models.py::test_weights_that_are_no_safetensors_are_refused
 no such model                                          test_models.py::test_a_missing_model_is_the_users_mistake
 a reward model with another tokenizer                  test_rejection_sampling.py::test_a_reward_model_with_another_tokenizer_is_refused
 a language model in a reward model's place             test_reward_model.py::test_a_language_model_is_not_taken_for_a_reward_model
@@ -169,15 +170,7 @@ def rejects(folder: Path) -> list[dict]:
     return [json.loads(line) for file in files for line in file.read_text().splitlines()]
 
 
-def known(*stages: str, reason: str) -> list:
-    """The stages as parameters, those that still fall short marked with what is missing."""
-    return [pytest.param(s, marks=pytest.mark.xfail(reason=reason, strict=False)) for s in stages]
-
-
-@pytest.mark.parametrize(
-    "stage",
-    [*(s for s in STAGES if s != "evaluate_gatt"), *known("evaluate_gatt", reason="writes no reject file yet")],
-)
+@pytest.mark.parametrize("stage", STAGES)
 def test_too_many_bad_rows_stop_a_stage_before_its_work(stage, models, tmp_path):
     _, good, bad, _ = STAGES[stage]
     data = write(tmp_path / "data.jsonl", [*good(4), *(row for row, _ in bad)])
@@ -190,7 +183,7 @@ def test_too_many_bad_rows_stop_a_stage_before_its_work(stage, models, tmp_path)
     assert not written & {"summary.json", "metrics.jsonl", "samples.jsonl", "model", "shards", "responses.jsonl"}
 
 
-@pytest.mark.parametrize("stage", ["sft", "train_reward", "rejection_sampling", "ppo", "evaluate_policy"])
+@pytest.mark.parametrize("stage", [stage for stage in STAGES if stage not in ("collect_preferences", "build_gatt")])
 def test_a_few_bad_rows_are_set_aside_and_the_stage_goes_on(stage, models, tmp_path):
     _, good, bad, _ = STAGES[stage]
     row, reason = bad[-1]
@@ -200,14 +193,7 @@ def test_a_few_bad_rows_are_set_aside_and_the_stage_goes_on(stage, models, tmp_p
     assert [(found["line"], found["reason"]) for found in rejects(tmp_path / "run")] == [(20, reason)]
 
 
-@pytest.mark.parametrize(
-    "stage",
-    [
-        "collect_preferences",
-        "rejection_sampling",
-        *known("ppo", "evaluate_policy", reason="reads prompts up to max_prompt_tokens whatever the model's context"),
-    ],
-)
+@pytest.mark.parametrize("stage", ["collect_preferences", "rejection_sampling", "ppo", "evaluate_policy"])
 def test_a_prompt_without_room_for_a_reply_is_set_aside(stage, models, tmp_path):
     # 600 tokens are within the setting max_prompt_tokens (1,024), but not within the model's 512 positions.
     long = {"prompt": [message("user", "7" * 600)], "is_safety": False}

@@ -52,7 +52,7 @@ def run(arguments: dict[str, str], folder: Path, **extra: str) -> dict:
 
 
 def rows_of(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line) for line in path.open(encoding="utf-8", newline="\n")]
 
 
 @pytest.fixture(scope="module")
