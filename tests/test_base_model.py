@@ -8,8 +8,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from configs.chat import load_chat_format
-from gatt.instructions import FIGURES, HOBBIES, WORDS
+from gatt.instructions import FIGURES, HOBBIES, KINDS, WORDS, obeys, parse_instruction, values_of
 from rlhf.simulation.base import BATCH_TOKENS, LONGEST, batches, new_model, train, train_tokenizer
+from rlhf.simulation.corpus import documents
+from rlhf.simulation.people import TAUGHT_KINDS
 
 DIALOGUE = [
     {"role": "system", "content": "Figure: Plato."},
@@ -76,6 +78,24 @@ def test_a_row_is_one_document_between_bos_and_eos(trained):
             assert not {0, 3} & set(document)
 
 
+def test_the_second_phase_keeps_a_manner_and_marks_answers():
+    """Of 2,000 documents: announced manners, marks, and no word of the chat format or of a held-out instruction."""
+    plain, second = (list(islice(documents(0, interviews), 2000)) for interviews in (False, True))
+    assert not [text for text in (*plain, *second) if "INST]" in text or "<<SYS>>" in text]
+    marked = [text for text in second if text.endswith(("Right.", "Wrong."))]
+    announced = [parsed for text in second if (parsed := parse_instruction(text))]
+    assert len(marked) > 200
+    assert len(announced) > 150
+    assert not [text for text in plain if parse_instruction(text) or text.endswith(("Right.", "Wrong."))]
+    unseen = {value for kind in KINDS for value in values_of(kind, "unseen")}
+    assert {instruction.kind for instruction, _ in announced} == set(TAUGHT_KINDS)
+    assert not {instruction.value for instruction, _ in announced} & unseen
+    for instruction, page in announced:
+        answers = [line.split(" Question: ")[0] for line in page.split(" Answer: ")[1:]]
+        assert answers
+        assert all(obeys(instruction, answer.strip()) for answer in answers)
+
+
 def test_training_writes_a_folder_that_loads(tmp_path):
     train(tmp_path / "base", tokens=(3 * BATCH_TOKENS, 2 * BATCH_TOKENS))
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
@@ -89,5 +109,10 @@ def test_training_writes_a_folder_that_loads(tmp_path):
     assert [(row["phase"], row["step"]) for row in log] == [
         ("plain", 0), ("plain", 2), ("interviews", 0), ("interviews", 1),
     ]  # fmt: skip
+    again = tmp_path / "again"  # the second phase alone, from the first one of the run before
+    train(again, tokens=(3 * BATCH_TOKENS, 2 * BATCH_TOKENS), first_phase=tmp_path / "base" / "first_phase")
+    for name, weights in AutoModelForCausalLM.from_pretrained(again).state_dict().items():
+        torch.testing.assert_close(weights, model.state_dict()[name])
+    assert [json.loads(line)["phase"] for line in (again / "training.jsonl").open()] == ["interviews"] * 2
     size = sum(path.stat().st_size for path in (tmp_path / "base").glob("*.safetensors"))
     assert size <= 8_000_000  # what the repository may carry

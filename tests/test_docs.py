@@ -283,7 +283,7 @@ def tiny_demo(folder: Path) -> tuple[Path, dict]:
         if "base_model" in settings.get("model_name_or_path", ""):
             settings["model_name_or_path"] = base
         if stage["run"] == "build_gatt":
-            settings["values_file"] = str(values)
+            settings |= {"values_file": str(values), "kinds": ["hobby"]}
         stage["settings"] = settings
     config |= {"parallel_stages": 1, "output_dir": str(folder / "run")}
     path = folder / "tiny.yaml"
@@ -301,11 +301,11 @@ def test_every_stage_of_the_demo_runs_under_accelerate_launch(tmp_path):
         assert json.loads((folder / "summary.json").read_text())["stage"], stage["name"]
         assert (folder / "settings.yaml").exists()
         assert (folder / "environment.json").exists()
+        assert (folder / "metrics.jsonl").exists(), stage["name"]
     trained = [stage["name"] for stage in config["stages"] if stage["run"] in ("sft", "train_reward", "ppo")]
     for name in trained:
         assert (run / name / "model" / "model.safetensors").exists()
         assert (run / name / "model" / "README.md").exists()
-        assert (run / name / "metrics.jsonl").exists()
     summary = json.loads((run / "summary.json").read_text())
     assert [stage["name"] for stage in summary["stages"]] == ["base", "sft", "rejection_sampling", "ppo", "gatt"]
     assert "<html" in (run / "report.html").read_text()

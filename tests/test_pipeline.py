@@ -73,6 +73,22 @@ def test_settings_are_filled_in(tmp_path):
     assert made[1].settings == {"train_files": [f"{tmp_path}/a/x-7.jsonl"], "output_dir": f"{tmp_path}/b", "seed": 7}
 
 
+def test_a_stage_may_have_threads_and_a_seed_of_its_own(tmp_path):
+    stages = [stage("a", seed="1${seed}") | {"threads": 2}, stage("b")]
+    made = read_stages(PipelineSettings(stages=stages, output_dir=str(tmp_path), seed=7, parallel_stages=2))
+    assert [(s.threads, s.settings["seed"]) for s in made] == [(2, 17), (1, 7)]
+
+
+def test_threads_of_the_stages_that_run_at_once_stay_within_parallel_stages(tmp_path):
+    out = tmp_path / "out"
+    stages = [stage("a"), stage("wide") | {"threads": 2}, stage("c")]
+    main(config(tmp_path, stages, parallel_stages=2))
+    ends = {name: (out / name / "summary.json").stat().st_mtime_ns for name in ("a", "wide")}
+    begins = {name: (out / name / "stage.yaml").stat().st_mtime_ns for name in ("wide", "c")}
+    assert begins["wide"] > ends["a"]  # it waits for both threads,
+    assert begins["c"] > ends["wide"]  # and nobody overtakes it
+
+
 @pytest.mark.parametrize(
     ("stages", "message"),
     [
@@ -82,6 +98,8 @@ def test_settings_are_filled_in(tmp_path):
         ([{"name": "a", "run": "train_policy"}], "no rlhf/train_policy.py"),
         ([stage("a"), stage("a")], "name 'a' of an earlier stage"),
         ([stage("a", ("b",)), stage("b")], "not among the stages before it"),
+        ([stage("a") | {"threads": 2}], r"threads: 2; give 1 to parallel_stages \(1\)"),
+        ([stage("a") | {"threads": "2"}], "threads: 2"),
     ],
 )
 def test_a_wrong_list_of_stages_is_named(stages, message):
