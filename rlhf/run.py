@@ -157,7 +157,7 @@ def _drop_steps_after(path: Path, step: int) -> None:
     if not path.exists():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8").split("\n"):  # splitlines would cut text at U+2028 and its like
         try:
             row = json.loads(line)
         except ValueError:  # the last line of a killed run may be cut short

@@ -10,11 +10,23 @@ import torch
 import yaml
 
 from configs.errors import UserError
-from rlhf.run import RunFolder, write_atomic
+from rlhf.run import RunFolder, numbers, write_atomic
 
 
 def steps(path):
-    return [json.loads(line)["step"] for line in path.read_text().splitlines()]
+    return [json.loads(line)["step"] for line in path.open(encoding="utf-8", newline="\n")]
+
+
+def test_the_numbers_of_a_summary_are_named_by_their_path():
+    summary = {
+        "pairs": 3,
+        "ratings": {"better": 2},
+        "ci95": {"kl": [0.1, 0.2]},
+        "seen": True,
+        "gold": None,
+        "name": "x",
+    }
+    assert numbers(summary) == {"pairs": 3, "ratings/better": 2}
 
 
 def test_a_finished_run_tells_all_about_itself(tmp_path):
@@ -52,7 +64,7 @@ def test_resuming_drops_the_steps_that_will_run_again(tmp_path):
     run = RunFolder(tmp_path, {}, "ppo")
     for step in (1, 2, 3, 4):
         run.log(step, {"loss": step})
-        run.samples(step, [{"n": step}])
+        run.samples(step, [{"n": step, "response": "line\u2028separator\x85"}])  # no line ends to JSON Lines
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 5, "lo')  # killed while writing
     run = RunFolder(tmp_path, {}, "ppo", resume_step=2)
