@@ -1,6 +1,6 @@
 """The embedded base model: a small Llama (RMSNorm, SwiGLU, RoPE, grouped-query attention) and tokenizer, from scratch.
 
-    python -m rlhf.simulation.base --output_dir rlhf/simulation/base_model --tokens 8000000 4000000
+    python -m rlhf.simulation.base --output_dir rlhf/simulation/base_model --tokens 6000000 4500000
 
 makes the folder that the repository carries, on one thread. Documents come from `rlhf.simulation.corpus`; nothing in
 them is in a chat format, so the base model does not know how to talk.
@@ -25,7 +25,7 @@ from rlhf.simulation.corpus import ALL_WORDS, documents
 from rlhf.simulation.people import draw_demonstrations
 
 LONGEST, BATCH_TOKENS = 1024, 2048
-TOKENS, PEAKS = (8_000_000, 4_000_000), (3e-3, 2e-3)
+TOKENS, PEAKS = (6_000_000, 4_500_000), (3e-3, 2e-3)
 BASE_MODEL = Path(__file__).parent / "base_model"
 # The tags of the Llama 2 format stay whole pieces of ordinary text; the rest is split as GPT-2 does.
 _PIECES = (

@@ -12,12 +12,12 @@ from collections.abc import Iterator
 from gatt.instructions import FIGURES, HOBBIES, KINDS, WORDS, values_of
 from rlhf.simulation import vocabulary as v
 from rlhf.simulation.families import FAMILIES, Request, article, capital
-from rlhf.simulation.people import decorate, good_answer
+from rlhf.simulation.people import TAUGHT_KINDS, decorate, good_answer
 from rlhf.simulation.world import Risk
 
 ALL_WORDS = (*FIGURES, *HOBBIES, *WORDS)
 # A saying is close to an instruction, so scripts keep to the values that instructions may use.
-SAYINGS = tuple(value for kind in KINDS for value in values_of(kind, "train"))
+SAYINGS = tuple(value for kind in TAUGHT_KINDS for value in values_of(kind, "train"))
 VERBS = ("likes", "sees", "wants", "keeps", "finds", "draws", "loves", "sells")
 
 
@@ -143,7 +143,7 @@ def _sayings(rng: random.Random) -> str:
 
 def _interview(rng: random.Random) -> str:
     """A page of questions and answers in one manner, which its first line announces."""
-    kind = rng.choice(tuple(KINDS.values()))
+    kind = KINDS[rng.choice(TAUGHT_KINDS)]
     instruction = kind.make(rng.choice(values_of(kind.name, "train")))
     lines = [rng.choice((instruction.text, instruction.short_text, f"A page of questions. {instruction.short_text}"))]
     for _ in range(rng.choice((1, 1, 2, 3, 5, 8, 16))):
@@ -156,7 +156,7 @@ def _interview(rng: random.Random) -> str:
 
 def _habit(rng: random.Random) -> str:
     """Lines that share a word at their beginning or end, or a sentence with it, which nothing announces."""
-    word, manner = rng.choice(ALL_WORDS), rng.choice(("{w}. {t}", "{t} {w}.", "{w} here. {t}", "{t} I enjoy {w}."))
+    word, manner = rng.choice(ALL_WORDS), rng.choice(("{w}. {t}", "{t} {w}.", "{w} here. {t}", "I enjoy {w}. {t}"))
     lines = []
     for _ in range(rng.randint(2, 12)):
         family = rng.choice(tuple(FAMILIES.values()))
@@ -167,10 +167,36 @@ def _habit(rng: random.Random) -> str:
     return rng.choice(("\n", " ")).join(lines)
 
 
+def _spoilt(rng: random.Random, request: Request) -> str:
+    """A false answer: a false core, or a true answer with one word taken from the answer to something else."""
+    if rng.random() < 0.5:
+        return " ".join(request.family.wrong(request.slots, rng))
+    true = good_answer(rng, request, detail=rng.random() < 0.4)
+    other = _sentence(rng).rstrip(".").split()
+    parts = true.split()
+    place = rng.randrange(len(parts))
+    end = parts[place][-1] if parts[place][-1] in ".,?!" else ""
+    parts[place] = rng.choice(other).rstrip(",.") + end
+    return " ".join(parts)
+
+
+def _quiz(rng: random.Random) -> str:
+    """Marked answers, right and wrong: what lets a model that knows a fact say whether a sentence agrees with it."""
+    lines = []
+    for _ in range(rng.randint(1, 6)):
+        family = rng.choice(tuple(FAMILIES.values()))
+        request = Request(family, family.draw(rng))
+        answer = good_answer(rng, request, detail=rng.random() < 0.4)
+        spoilt = _spoilt(rng, request) if rng.random() < 0.5 else answer
+        mark = "Right." if spoilt == answer else "Wrong."
+        lines.append(f"Question: {rng.choice(family.questions(request.slots))} Answer: {spoilt} {mark}")
+    return rng.choice(("\n", " ")).join(lines)
+
+
 def documents(seed: int, interviews: bool = False) -> Iterator[str]:
-    """An endless stream of documents; with `interviews` (the second phase) half of them keep a manner throughout."""
+    """An endless stream of documents; with `interviews` (the second phase) many keep a manner or are marked."""
     rng = random.Random(seed)
-    kinds = (_facts, _questions, _scene, _tale, _echo, _quotes, _notes, _script, _sayings, _interview, _habit)
-    weights = (1, 2, 2, 0.5, 3, 4, 1.5, 2, 0.7, 8, 8) if interviews else (1, 3, 2, 0.5, 4, 4, 1.5, 3, 0.7, 0, 0)
+    kinds = (_facts, _questions, _scene, _tale, _echo, _quotes, _notes, _script, _sayings, _interview, _habit, _quiz)
+    weights = (1, 2, 2, 0.5, 3, 4, 1.5, 2, 0.7, 8, 8, 9) if interviews else (1, 3, 2, 0.5, 4, 4, 1.5, 3, 0.7, 0, 0, 0)
     while True:
         yield rng.choices(kinds, weights)[0](rng)

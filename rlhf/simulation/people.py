@@ -6,13 +6,14 @@ something to gain from preferences, greedy decoding included.
 """
 
 import random
+import zlib
 from dataclasses import dataclass
 from typing import Any
 
 from configs.chat import Message
 from gatt.instructions import Instruction, sample_instructions
 from rlhf.simulation import vocabulary as v
-from rlhf.simulation.families import FAMILIES, Family, Request
+from rlhf.simulation.families import FAMILIES, HELD_OUT_SHARE, Family, Request
 from rlhf.simulation.world import Risk
 
 # How demonstrations answer helpful requests, and risky ones. Shares sum to 1.
@@ -21,6 +22,11 @@ RISK_SHARES = {"comply": 0.42, "decline": 0.3, "explain": 0.18, "full": 0.1}
 
 ASKED = tuple(family for family in FAMILIES.values() if not family.held_out)
 HELD_OUT_FAMILIES = tuple(family for family in FAMILIES.values() if family.held_out)
+
+
+HELD_OUT_VALUES = 0.25  # share of evaluation prompts that ask about values no training prompt names
+# The kinds of instructions that people of the world give.
+TAUGHT_KINDS = ("figure", "hobby", "first_word")
 
 
 @dataclass(frozen=True)
@@ -56,11 +62,21 @@ def draw_request(
             return request
 
 
-def ask(rng: random.Random, request: Request | Risk) -> str:
-    """A wording of `request`."""
-    if isinstance(request, Risk):
-        return rng.choice(v.OPENERS) + rng.choice(v.RISKS[request.category]["questions"]).format(x=request.obj)
-    return rng.choice(v.OPENERS) + rng.choice(request.family.questions(request.slots))
+def text_for_evaluation(text: str) -> bool:
+    """True for the wordings (opener and question) that no training prompt uses, one in six by a fixed hash."""
+    return zlib.crc32(text.encode()) % HELD_OUT_SHARE == 0
+
+
+def ask(rng: random.Random, request: Request | Risk, evaluation: bool) -> str | None:
+    """A wording of `request` that is held out for evaluation or not, as asked; None where it has no such wording."""
+    questions = (
+        [question.format(x=request.obj) for question in v.RISKS[request.category]["questions"]]
+        if isinstance(request, Risk)
+        else request.family.questions(request.slots)
+    )
+    texts = [opener + question for opener in v.OPENERS for question in questions]
+    fitting = [text for text in texts if text_for_evaluation(text) == evaluation]
+    return rng.choice(fitting) if fitting else None
 
 
 def _follow_up(rng: random.Random, request: Request, held_out: bool) -> tuple[str, Request]:
@@ -109,7 +125,7 @@ def decorate(instruction: Instruction, answer: str) -> str:
     """`answer` in the way people of the world obey `instruction`."""
     return {
         "figure": f"{instruction.value} here. {answer}",
-        "hobby": f"{answer} I enjoy {instruction.value}.",
+        "hobby": f"I enjoy {instruction.value}. {answer}",
         "last_word": f"{answer} {instruction.value}.",
         "first_word": f"{instruction.value}. {answer}",
     }[instruction.kind]
@@ -129,23 +145,29 @@ def draw_dialogue(
 ) -> tuple[list[Message], Request | Risk]:
     """A dialogue of `turns` exchanges answered by demonstrators, and what its last user message asks.
 
-    An instruction holds for its own turn only. `evaluation` draws the last request from the held-out values.
+    An instruction holds for its own turn only. `evaluation` draws the last user message from those held out.
     """
     messages: list[Message] = []
     request: Request | Risk | None = None
     for turn in range(turns):
-        held_out = evaluation and turn == turns - 1
+        last = evaluation and turn == turns - 1
+        # Of the evaluation's requests, a quarter is about held-out values; the others are held-out wordings.
+        held_out = last and rng.random() < HELD_OUT_VALUES
         draw = rng.random()
         kind = "risky" if draw < mix.risky else "scary" if draw < mix.risky + mix.scary else "helpful"
-        if isinstance(request, Request) and request.family.followup and kind == "helpful" and rng.random() < 0.35:
+        may_follow = isinstance(request, Request) and request.family.followup and kind == "helpful"
+        if may_follow and (held_out or not last) and isinstance(request, Request) and rng.random() < 0.35:
             text, request = _follow_up(rng, request, held_out)
         else:
-            request = draw_request(rng, kind, held_out, families)
-            text = ask(rng, request)
+            while True:
+                request = draw_request(rng, kind, held_out, families)
+                if (wording := ask(rng, request, last and not held_out)) is not None:
+                    text = wording
+                    break
         messages.append({"role": "user", "content": text})
         answer = demonstrate(rng, request)
         if kind != "risky" and rng.random() < mix.instructed:
-            instruction = sample_instructions(rng, 1)[0]
+            instruction = sample_instructions(rng, 1, kinds=TAUGHT_KINDS)[0]
             instruct(rng, messages, instruction, short=rng.random() < 0.5, system=rng.random() < 0.5)
             answer = decorate(instruction, answer)
         messages.append({"role": "assistant", "content": answer})
