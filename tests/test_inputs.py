@@ -193,6 +193,28 @@ def test_a_few_bad_rows_are_set_aside_and_the_stage_goes_on(stage, models, tmp_p
     assert [(found["line"], found["reason"]) for found in rejects(tmp_path / "run")] == [(20, reason)]
 
 
+@pytest.mark.parametrize("stage", ["rejection_sampling", "ppo", "evaluate_gatt", "evaluate_policy"])
+def test_max_reject_share_lets_more_bad_rows_pass(stage, models, tmp_path):
+    _, good, bad, _ = STAGES[stage]
+    data = write(tmp_path / "data.jsonl", [*good(8), *(row for row, _ in bad[:2])])  # a fifth
+    run(stage, models, data, tmp_path / "run", "--max_reject_share", "0.2")
+    assert (tmp_path / "run" / "summary.json").exists()
+    with pytest.raises(UserError, match="max_reject_share"):
+        run(stage, models, data, tmp_path / "other", "--max_reject_share", "0.19")
+
+
+def test_an_evaluation_loads_each_reward_model_once_and_logs_its_figures(models, tmp_path, monkeypatch):
+    import rlhf.evaluate_policy as module
+
+    loaded, load = [], module.load_reward_model
+    monkeypatch.setattr(module, "load_reward_model", lambda path, *rest: loaded.append(path) or load(path, *rest))
+    words = [word.format(**models) for word in REWARD_MODELS]
+    summary = run("evaluate_policy", models, write(tmp_path / "data.jsonl", prompt_rows(4)), tmp_path / "run", *words)
+    assert loaded == [models["helpfulness"], models["safety"]]
+    (logged,) = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]
+    assert (logged["step"], logged["reward_safety_greedy"]) == (0, summary["reward_safety_greedy"])
+
+
 @pytest.mark.parametrize("stage", ["collect_preferences", "rejection_sampling", "ppo", "evaluate_policy"])
 def test_a_prompt_without_room_for_a_reply_is_set_aside(stage, models, tmp_path):
     # 600 tokens are within the setting max_prompt_tokens (1,024), but not within the model's 512 positions.
