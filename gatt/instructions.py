@@ -190,6 +190,7 @@ def sample_instructions(
     if not kinds:
         raise UserError("the list of instruction kinds is empty; name at least one of: " + ", ".join(KINDS))
     pools = [(kind_named(name), values_of(name, split)) for name in kinds]
+    rng.shuffle(pools)  # else a single draw would always be of the first kind
     drawn = [pools[i % len(pools)] for i in range(n)]
     rng.shuffle(drawn)
     return [kind.make(rng.choice(values)) for kind, values in drawn]

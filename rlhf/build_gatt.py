@@ -166,7 +166,7 @@ class Builder:
 
 def read_shard(path: Path) -> list[dict[str, Any]]:
     """The rows of a finished shard; it was written in one piece, so every line is whole."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
 
 
 def summarise(rows: Sequence[dict[str, Any]], replayed: int) -> dict[str, Any]:

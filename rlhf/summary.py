@@ -104,7 +104,7 @@ def read_rows(folder: Path, name: str) -> list[dict[str, Any]]:
     """The objects of a JSONL file, [] where it is absent; a last line cut short by a killed run is left out."""
     rows = []
     try:
-        lines = (folder / name).read_text(encoding="utf-8").splitlines()
+        lines = (folder / name).read_text(encoding="utf-8").split("\n")  # text may hold other line separators
     except (OSError, UnicodeDecodeError):
         return []
     for line in lines:

@@ -240,7 +240,6 @@ def test_evaluation_prompts_do_not_depend_on_the_seed(tmp_path, world_files):
         assert rows == world_files[name]
 
 
-@pytest.mark.xfail(reason="sample_instructions(rng, 1) always draws the first kind", strict=True)
 def test_people_give_the_kinds_of_instructions_that_the_world_teaches(world_files):
     asked = [m for rows in world_files.values() for row in rows for m in row if m["role"] != "assistant"]
     kinds = Counter(parsed[0].kind for m in asked if (parsed := parse_instruction(m["content"])))

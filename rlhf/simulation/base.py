@@ -22,7 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from rlhf.hardware import attend_in_float32
 from rlhf.simulation.corpus import ALL_WORDS, documents
-from rlhf.simulation.people import draw_demonstrations
+from rlhf.simulation.people import Mix, draw_demonstrations
 
 LONGEST, BATCH_TOKENS = 1024, 2048
 TOKENS, PEAKS = (6_000_000, 4_500_000), (3e-3, 2e-3)
@@ -65,7 +65,7 @@ def train_tokenizer(vocab_size: int = 2560, seed: int = 0) -> PreTrainedTokenize
 def _tokenizer_text(seed: int) -> Iterator[str]:
     yield from islice(documents(seed), 4000)
     yield from (f" {word}" for word in ALL_WORDS for _ in range(200))  # one token each, so that copying one is one step
-    for dialogue in draw_demonstrations(seed, 3000):
+    for dialogue in draw_demonstrations(seed, 3000, Mix(instructed=0.45, kinds=("figure",))):
         text = ""
         for message in dialogue["messages"]:
             if message["role"] == "system":
@@ -134,7 +134,7 @@ def train(output_dir: Path, tokens: tuple[int, int], seed: int = 0, first_phase:
         _phase(model, batches(tokenizer, BATCH_TOKENS, seed + 1, False), tokens[0], PEAKS[0], "plain", log)
         model.save_pretrained(first_phase)
     else:
-        model = LlamaForCausalLM.from_pretrained(first_phase)
+        model = LlamaForCausalLM.from_pretrained(first_phase, use_safetensors=True)
     _phase(model, batches(tokenizer, BATCH_TOKENS, seed + 2, True), tokens[1], PEAKS[1], "interviews", log)
     model.save_pretrained(output_dir)
 

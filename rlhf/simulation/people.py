@@ -37,6 +37,7 @@ class Mix:
     scary: float = 0.1
     multi_turn: float = 0.3
     instructed: float = 0.2
+    kinds: tuple[str, ...] = TAUGHT_KINDS
 
 
 def risk_for_evaluation(risk: Risk) -> bool:
@@ -167,7 +168,7 @@ def draw_dialogue(
         messages.append({"role": "user", "content": text})
         answer = demonstrate(rng, request)
         if kind != "risky" and rng.random() < mix.instructed:
-            instruction = sample_instructions(rng, 1, kinds=TAUGHT_KINDS)[0]
+            instruction = sample_instructions(rng, 1, kinds=mix.kinds)[0]
             instruct(rng, messages, instruction, short=rng.random() < 0.5, system=rng.random() < 0.5)
             answer = decorate(instruction, answer)
         messages.append({"role": "assistant", "content": answer})
