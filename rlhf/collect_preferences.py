@@ -145,9 +145,11 @@ def annotate_pairs(rows: list[Row], noise: float, seed: int) -> tuple[dict[str, 
         if objective == "safety" and label.safety is None:
             excluded += 1
             continue
-        # Safety labels are collected with the safety data only, as in the paper.
-        safety = label.safety if objective == "safety" else None
-        records[objective].append(preference_record(row, label.choice, label.rating, safety, p_chosen=label.p_chosen))
+        # Helpfulness pairs carry labels too: through the 10 % of them in its mix the safety model learns that ordinary
+        # answers are safe, without which R_s < 0.15 would decide the reward of ordinary prompts (paper §3.2.3).
+        records[objective].append(
+            preference_record(row, label.choice, label.rating, label.safety, p_chosen=label.p_chosen)
+        )
         second_chosen[objective] += row["variants"][label.choice] == 1
     figures: Row = {"excluded": excluded}
     for objective, mine in records.items():
