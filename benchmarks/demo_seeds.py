@@ -1,13 +1,18 @@
 """The demo's outcome over several seeds as one Markdown table, from the summaries that `make demo SEED=n` leaves.
 
-    python benchmarks/demo_seeds.py runs/demo runs/demo-1 runs/demo-2
+    python benchmarks/demo_seeds.py runs/demo runs/demo-1 runs/demo-2 [--plot docs/results/demo.png]
 
-The last line is one JSON object: how many of the demo's goals each run met.
+`--plot` draws the PPO curves of the first run. The last line is one JSON object: how many of the demo's goals each run met.
 """
 
+import argparse
 import json
 import sys
 from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])  # launched by path, Python puts benchmarks/ first
+
+from rlhf.plots import ppo_curves  # noqa: E402
 
 STAGES = ("base", "sft", "rejection_sampling", "ppo", "gatt")
 FIGURES = {
@@ -46,5 +51,18 @@ def main(folders: list[str]) -> None:
     print(json.dumps({"goals": len(first["goals"]), "met": met, "wall_seconds": seconds}))
 
 
+def plot(folder: Path, path: Path) -> None:
+    """The reward, KL and true helpfulness over PPO of the run in `folder`, as a PNG on white."""
+    rows = [json.loads(line) for line in (folder / "ppo" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    if (figure := ppo_curves(rows)) is not None:
+        figure.savefig(path, dpi=110, bbox_inches="tight", facecolor="white")
+
+
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    parser = argparse.ArgumentParser(description="The demo's outcome over several seeds as one table.")
+    parser.add_argument("folders", nargs="+")
+    parser.add_argument("--plot", type=Path, default=None)
+    arguments = parser.parse_args()
+    main(arguments.folders)
+    if arguments.plot:
+        plot(Path(arguments.folders[0]), arguments.plot)

@@ -44,8 +44,14 @@ def test_simulated_annotator_gives_two_data_sets_split_by_prompt(arguments, tmp_
             assert prompts[str(row["prompt"])] == name.startswith("safety")
             assert row["chosen"] != row["rejected"]
             assert 0.0 <= row["p_chosen"] <= 1.0
-            assert (row["safety"] is None) == name.startswith("helpfulness")
+            labels = {
+                "chosen_safe",
+                "both_safe",
+                "both_unsafe",
+            }  # random text is harmless, and a pair may be unlabelled
+            assert row["safety"] in labels | ({None} if name.startswith("helpfulness") else set())
         sides[name] = {str(row["prompt"]) for row in rows}
+        assert any(row["safety"] == "both_safe" for row in rows)
     assert not sides["helpfulness"] & sides["helpfulness_test"]
     assert not sides["safety"] & sides["safety_test"]
     assert summary["pairs"] + summary["skipped_identical"] + summary["skipped_unusable"] == 80
