@@ -2,7 +2,8 @@
 
     python benchmarks/demo_seeds.py runs/demo runs/demo-1 runs/demo-2 [--plot docs/results/demo.png]
 
-`--plot` draws the PPO curves of the first run. The last line is one JSON object: how many of the demo's goals each run met.
+`--plot` draws the PPO curves of the first run. The last line is one JSON object: how many of the demo's goals each run
+met.
 """
 
 import argparse
