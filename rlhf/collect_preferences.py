@@ -145,7 +145,7 @@ def annotate_pairs(rows: list[Row], noise: float, seed: int) -> tuple[dict[str, 
         if objective == "safety" and label.safety is None:
             excluded += 1
             continue
-        # Helpfulness pairs carry labels too: through the 10 % of them in its mix the safety model learns that ordinary
+        # Helpfulness pairs carry labels too: through those in its mix the safety model learns that ordinary
         # answers are safe, without which R_s < 0.15 would decide the reward of ordinary prompts (paper §3.2.3).
         records[objective].append(
             preference_record(row, label.choice, label.rating, label.safety, p_chosen=label.p_chosen)

@@ -1,4 +1,4 @@
-"""The base corpus of the simulated world: plain documents, no dialogue format and no instruction.
+"""The base corpus of the simulated world: plain documents, none in a dialogue format.
 
 Kinds of documents: facts, question-and-answer pages (every family, so that a base model knows what it is later asked
 about), sums, scenes with people and things, notes that come back word for word much later, and scripts in which a
