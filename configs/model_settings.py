@@ -27,6 +27,13 @@ class ModelSettings:
     lora_target_modules: list[str] | None = field(
         default=None, metadata={"help": "module names that get an adapter; none: all linear layers but the head"}
     )
+    freeze_embeddings: bool = field(
+        default=False,
+        metadata={
+            "help": "full fine-tuning: leave token embeddings and output head as they are, so that words which the "
+            "data never show keep their place (LoRA leaves them alone anyway)"
+        },
+    )
     attn_implementation: str = field(default="sdpa", metadata={"help": "sdpa, eager or flash_attention_2"})
 
     def __post_init__(self) -> None:

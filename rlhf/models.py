@@ -88,7 +88,23 @@ def load_policy(settings: ModelSettings, trainable: bool = True) -> PreTrainedMo
             module.p = 0.0
     if not trainable:
         return model.requires_grad_(False).eval()
-    return add_lora(model, settings) if settings.use_peft else model
+    if settings.use_peft:
+        return add_lora(model, settings)
+    if settings.freeze_embeddings:
+        freeze_embeddings(model)
+    return model
+
+
+def freeze_embeddings(model: PreTrainedModel) -> None:
+    """Leaves token embeddings and output head as they are.
+
+    Softmax pushes the row of every word that is not the target down a little, and Adam divides that little by its own
+    size: words that the data never show sink as fast as the others learn. What a base model knows about them, copying
+    them included, is lost unless their rows stay.
+    """
+    for module in (model.get_input_embeddings(), model.get_output_embeddings()):
+        if module is not None:
+            module.requires_grad_(False)
 
 
 def add_lora(model: PreTrainedModel, settings: ModelSettings) -> PeftModel:

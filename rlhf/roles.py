@@ -167,6 +167,8 @@ def load_roles(ppo: PPOSettings, model_settings: ModelSettings, tokenizer: Any, 
     if model_settings.use_peft:
         lora = model_settings
         value = add_lora(value, lora.lora_r, lora.lora_alpha, 0.0, lora.lora_target_modules)
+    elif model_settings.freeze_embeddings:
+        value.get_input_embeddings().requires_grad_(False)
     if ppo.gradient_checkpointing:
         for model in (policy, value):
             unwrap(model).gradient_checkpointing_enable({"use_reentrant": False})

@@ -92,6 +92,8 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
             model_settings.lora_dropout,
             model_settings.lora_target_modules,
         )
+    elif model_settings.freeze_embeddings:
+        model.get_input_embeddings().requires_grad_(False)
 
     # Training
     def evaluate_pairs() -> dict[str, float]:

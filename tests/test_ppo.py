@@ -54,6 +54,13 @@ def load(paths, settings, **model):
     return load_roles(settings, ModelSettings(model_name_or_path=paths["policy"], **model), tiny_tokenizer(), "cpu", 0)
 
 
+def test_frozen_embeddings_train_in_neither_policy_nor_value_model(paths):
+    roles = load(paths, settings_for(paths), freeze_embeddings=True)
+    for model in (roles.policy, roles.value):
+        frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
+        assert frozen == {name for name, _ in model.named_parameters() if "embed_tokens" in name or "lm_head" in name}
+
+
 def some_prompts(count=16):
     chat_format = load_chat_format(tiny_tokenizer())
     rows = prompt_rows(count)

@@ -189,6 +189,20 @@ def test_lora_trains_and_saves_a_plain_model(folder, data, tmp_path):
     assert (tmp_path / "model" / "adapter" / "adapter_model.safetensors").exists()
 
 
+def named_weights(model_folder):
+    return dict(AutoModelForCausalLM.from_pretrained(model_folder).named_parameters())
+
+
+@pytest.mark.parametrize("checkpointing", ["false", "true"])
+def test_frozen_embeddings_stay_and_everything_else_learns(folder, data, tmp_path, checkpointing):
+    run_sft(folder, data, tmp_path, "--freeze_embeddings", "true", "--gradient_checkpointing", checkpointing,
+            "--max_steps", "2")  # fmt: skip
+    before, after = named_weights(folder), named_weights(tmp_path / "model")
+    same = {name for name in before if torch.equal(before[name], after[name])}
+    assert same == {name for name in before if "embed_tokens" in name or "lm_head" in name}
+    assert same
+
+
 def test_a_killed_run_continues_to_the_same_weights(folder, data, tmp_path, monkeypatch):
     common = ("--per_device_train_batch_size", "2", "--max_steps", "4", "--save_steps", "2")
     run_sft(folder, data, tmp_path / "straight", *common)

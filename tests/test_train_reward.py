@@ -122,6 +122,17 @@ def test_it_learns_and_reports_everything(chat_model, files, tmp_path):
     assert "accuracy" in (run / "model" / "README.md").read_text()
 
 
+def test_frozen_embeddings_stay(chat_model, files, tmp_path):
+    main(arguments(chat_model, files, tmp_path, "--freeze_embeddings", "true", "--max_steps", 2))
+    before, after = load_reward_model_of(chat_model), load_reward_model_of(tmp_path / "run" / "model")
+    same = {name for name in before if torch.equal(before[name], after[name])}
+    assert same == {"model.embed_tokens.weight"}
+
+
+def load_reward_model_of(folder):
+    return AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1).state_dict()
+
+
 def test_a_complete_run_is_not_run_again(chat_model, files, tmp_path):
     call = arguments(chat_model, files, tmp_path, "--max_steps", 1)
     first = main(call)
