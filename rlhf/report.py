@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from rlhf import plots
-from rlhf.report_page import COLUMNS, cell, goal_texts, page
+from rlhf.report_page import COLUMNS, cell, families_text, goal_texts, page
 from rlhf.run import write_atomic
 from rlhf.summary import STAGES, build, read_rows
 
@@ -123,6 +123,8 @@ def _show_stages(summary: Mapping[str, Any], console: Console) -> None:
     console.print(
         Text("  Below each figure stands its 95 % interval. No training stage sees the true scores.", style="dim")
     )
+    if text := families_text(summary):
+        console.print(Text(f"  {text}", style="dim"))
 
 
 def _show_goals(summary: Mapping[str, Any], console: Console) -> None:

@@ -149,6 +149,16 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]], numbers: range = 
     return f'<div class="scroll"><table><tr>{line(head, "th")}</tr>{body}</table></div>'
 
 
+def families_text(summary: Mapping[str, Any]) -> str:
+    """A sentence on the requests of families that no stage asked; empty where they were not evaluated."""
+    parts = []
+    for name, figures in summary["held_out_families"].items():
+        known = [figures[key] for key in ("gold_helpfulness", "gold_helpfulness_greedy")]
+        if None not in known:
+            parts.append(f"{plots.label(name)} {known[0]:.2f}, greedy {known[1]:.2f}".replace("\n", " "))
+    return f"Helpfulness on families of requests that no stage asked: {'; '.join(parts)}." if parts else ""
+
+
 def _stages(summary: Mapping[str, Any]) -> str:
     if not summary["stages"]:
         return _missing("No stage was evaluated in this run.")
@@ -170,7 +180,8 @@ def _stages(summary: Mapping[str, Any]) -> str:
         if gains
         else _missing("No two stages were scored on the same prompts, so none are compared.")
     )
-    return f'{table}<p class="dim">Small figures: 95 % interval.</p><ul class="dim">{meanings}</ul>{compared}'
+    families = f"<p>{escape(families_text(summary))}</p>"
+    return f'{table}<p class="dim">Small figures: 95 % interval.</p><ul class="dim">{meanings}</ul>{families}{compared}'
 
 
 def _goals(goals: Sequence[Mapping[str, Any]]) -> str:

@@ -31,6 +31,8 @@ STAGES = {
     "ppo": Folders("evaluate_ppo", ("ppo",)),
     "gatt": Folders("evaluate_gatt", ("build_gatt", "gatt_sft")),
 }
+# The same policies on requests of families that no training stage asks.
+HELD_OUT_FAMILIES = {"sft": "families_sft", "ppo": "families_ppo"}
 FIGURES = (
     "gold_helpfulness",
     "gold_helpfulness_greedy",
@@ -60,6 +62,9 @@ def build(output_dir: Path, wall_seconds: float) -> dict[str, Any]:
         "stages": [figures for name in STAGES if (figures := _stage(output_dir, name))],
         "reward_models": {name: _reward_model(output_dir, name) for name in ("helpfulness", "safety")},
         "gatt": {name: _persistence(_measured(output_dir, name)) for name in ("baseline", "trained")},
+        "held_out_families": {
+            name: figures for name, folder in HELD_OUT_FAMILIES.items() if (figures := _families(output_dir / folder))
+        },
         "comparisons": [c for row in COMPARISONS if (c := _comparison(output_dir, *row))],
     }
     summary["goals"] = goals(summary, ppo_gold_during_run(output_dir))
@@ -142,6 +147,18 @@ def _stage(output_dir: Path, name: str) -> dict[str, Any] | None:
         "seconds": round(sum(seconds), 1) if seconds else None,
         "prompts": evaluated.get("prompts"),
         "ci95": {figure: intervals.get(figure) for figure in FIGURES},
+    }
+
+
+def _families(folder: Path) -> dict[str, Any] | None:
+    """Gold helpfulness of a policy on the held-out families: {figure, ..., "prompts", "ci95"}."""
+    if (evaluated := read_json(folder)) is None:
+        return None
+    names, intervals = ("gold_helpfulness", "gold_helpfulness_greedy"), evaluated.get("ci95") or {}
+    return {
+        **{name: evaluated.get(name) for name in names},
+        "prompts": evaluated.get("prompts"),
+        "ci95": {name: intervals.get(name) for name in names},
     }
 
 

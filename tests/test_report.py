@@ -91,6 +91,9 @@ def fabricate(root: Path) -> None:
         trained |= {"ceiling_by_rating": {r: a + 0.03 for r, a in columns.items()}, "by_rating_ci95": {}}
         trained["calibration"] = [{"count": 10, "confidence_sum": 6.0, "outcome_sum": 5.0}, {"count": 0}]
         put(root / f"reward_{name}", "summary.json", trained)
+    for name, gold in (("sft", 0.31), ("ppo", 0.42)):
+        evaluated = {"gold_helpfulness": gold, "gold_helpfulness_greedy": gold + 0.1, "prompts": 100}
+        put(root / f"families_{name}", "summary.json", {**evaluated, "ci95": {"gold_helpfulness": [0.2, 0.5]}})
     curve = {"n": [1, 2, 3], "combined": [0.0, 0.5, 0.7], "gold_helpfulness": [0.3, 0.4, 0.45]}
     put(root / "rejection_sampling", "summary.json", {"best_of_n": curve, "median": {"combined": 0.1}})
     log = [{"step": 0, "eval/combined": 0.1, "eval/kl": 0.0, "eval/gold_helpfulness": 0.5}]
@@ -160,6 +163,16 @@ def test_reward_models_have_the_strongest_rating_first(finished: Finished):
         "ceiling": pytest.approx(0.73),
         "ci95": None,
     }
+
+
+def test_held_out_families_are_told_on_console_and_page(finished: Finished):
+    assert finished.summary["held_out_families"]["ppo"] == {
+        "gold_helpfulness": 0.42, "gold_helpfulness_greedy": 0.52, "prompts": 100,
+        "ci95": {"gold_helpfulness": [0.2, 0.5], "gold_helpfulness_greedy": None},
+    }  # fmt: skip
+    for text in (finished.page, " ".join(finished.out.getvalue().split())):
+        assert "SFT 0.31, greedy 0.41" in text
+        assert "0.42, greedy 0.52" in text
 
 
 def test_ghost_attention_is_by_turn(finished: Finished):
