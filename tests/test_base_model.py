@@ -78,15 +78,13 @@ def test_a_row_is_one_document_between_bos_and_eos(trained):
             assert not {0, 3} & set(document)
 
 
-def test_the_second_phase_keeps_a_manner_and_marks_answers():
-    """Of 2,000 documents: announced manners, marks, and no word of the chat format or of a held-out instruction."""
+def test_the_second_phase_keeps_a_manner():
+    """Of 2,000 documents: announced manners, and no word of the chat format or of a held-out instruction."""
     plain, second = (list(islice(documents(0, interviews), 2000)) for interviews in (False, True))
     assert not [text for text in (*plain, *second) if "INST]" in text or "<<SYS>>" in text]
-    marked = [text for text in second if text.endswith(("Right.", "Wrong."))]
     announced = [parsed for text in second if (parsed := parse_instruction(text))]
-    assert len(marked) > 200
     assert len(announced) > 150
-    assert not [text for text in plain if parse_instruction(text) or text.endswith(("Right.", "Wrong."))]
+    assert not [text for text in plain if parse_instruction(text)]
     unseen = {value for kind in KINDS for value in values_of(kind, "unseen")}
     assert {instruction.kind for instruction, _ in announced} == set(TAUGHT_KINDS)
     assert not {instruction.value for instruction, _ in announced} & unseen
@@ -94,6 +92,17 @@ def test_the_second_phase_keeps_a_manner_and_marks_answers():
         answers = [line.split(" Question: ")[0] for line in page.split(" Answer: ")[1:]]
         assert answers
         assert all(obeys(instruction, answer.strip()) for answer in answers)
+
+
+def test_the_lone_space_of_the_chat_format_is_known(trained):
+    """Llama 2's format has a space between a reply and EOS; its row would stay random where embeddings are frozen."""
+    space = (
+        load_chat_format(trained)
+        .encode_dialogue([{"role": "user", "content": "Hello."}, {"role": "assistant", "content": "Yes."}])
+        .input_ids[-2]
+    )
+    endings = [trained(text, add_special_tokens=False)["input_ids"][-1] for text in islice(documents(0), 400)]
+    assert 120 < endings.count(space) < 280
 
 
 def test_training_writes_a_folder_that_loads(tmp_path):

@@ -23,7 +23,9 @@ FIGURES = ("gold_helpfulness", "gold_safety", "unsafe_rate", "false_refusal_rate
 @pytest.fixture(scope="module")
 def paths(tmp_path_factory) -> dict[str, str]:
     root = tmp_path_factory.mktemp("models")
-    prompts = draw_prompts(5, 10, mix=Mix(risky=0.4, scary=0.3), evaluation=True)
+    drawn = draw_prompts(5, 60, mix=Mix(risky=0.4, scary=0.3), evaluation=True)
+    by_kind = {kind: [row for row in drawn if row["kind"] == kind] for kind in ("risky", "scary", "helpful")}
+    prompts = [by_kind[kind].pop() for kind in ("risky", "scary", "helpful", "risky") * 3][:10]
     return {
         "policy": save_tiny_policy(root / "policy", 0, max_position_embeddings=1024),
         "sft": save_tiny_policy(root / "sft", 1, max_position_embeddings=1024),

@@ -1,6 +1,6 @@
 """The embedded base model: a small Llama (RMSNorm, SwiGLU, RoPE, grouped-query attention) and tokenizer, from scratch.
 
-    python -m rlhf.simulation.base --output_dir rlhf/simulation/base_model --tokens 6000000 4500000
+    python -m rlhf.simulation.base --output_dir rlhf/simulation/base_model --tokens 6000000 6000000
 
 makes the folder that the repository carries, on one thread. Documents come from `rlhf.simulation.corpus`; nothing in
 them is in a chat format, so the base model does not know how to talk.
@@ -22,10 +22,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from rlhf.hardware import attend_in_float32
 from rlhf.simulation.corpus import ALL_WORDS, documents
-from rlhf.simulation.people import Mix, draw_demonstrations
+from rlhf.simulation.people import ask, draw_request, good_answer
 
 LONGEST, BATCH_TOKENS = 1024, 2048
-TOKENS, PEAKS = (6_000_000, 4_500_000), (3e-3, 2e-3)
+TOKENS, PEAKS = (6_000_000, 6_000_000), (3e-3, 2e-3)
 BASE_MODEL = Path(__file__).parent / "base_model"
 # The tags of the Llama 2 format stay whole pieces of ordinary text; the rest is split as GPT-2 does.
 _PIECES = (
@@ -64,17 +64,15 @@ def train_tokenizer(vocab_size: int = 2560, seed: int = 0) -> PreTrainedTokenize
 
 def _tokenizer_text(seed: int) -> Iterator[str]:
     yield from islice(documents(seed), 4000)
+    yield from islice(documents(seed, interviews=True), 2000)
     yield from (f" {word}" for word in ALL_WORDS for _ in range(200))  # one token each, so that copying one is one step
-    for dialogue in draw_demonstrations(seed, 3000, Mix(instructed=0.45, kinds=("figure",))):
-        text = ""
-        for message in dialogue["messages"]:
-            if message["role"] == "system":
-                text = f"<<SYS>>\n{message['content']}\n<</SYS>>\n\n"
-            elif message["role"] == "user":
-                text = f"[INST] {text}{message['content']} [/INST]"
-            else:
-                yield f"{text} {message['content']} "
-                text = ""
+    rng = random.Random(seed)
+    for i in range(3000):  # the tags of the chat format, beside every kind of request and refusal
+        request = draw_request(rng, ("helpful", "scary", "risky")[i % 3], evaluation=False)
+        text = ask(rng, request, evaluation=False) or ""
+        if i % 5 == 0:
+            text = f"<<SYS>>\nAlways be kind.\n<</SYS>>\n\n{text}"
+        yield f"[INST] {text} [/INST] {good_answer(rng, request)} "
 
 
 def new_model(vocab_size: int, seed: int) -> LlamaForCausalLM:
@@ -140,7 +138,12 @@ def train(output_dir: Path, tokens: tuple[int, int], seed: int = 0, first_phase:
 
 
 def _phase(
-    model: LlamaForCausalLM, stream: Iterator[torch.Tensor], tokens: int, peak: float, name: str, log: Path
+    model: LlamaForCausalLM,
+    stream: Iterator[torch.Tensor],
+    tokens: int,
+    peak: float,
+    name: str,
+    log: Path,
 ) -> None:
     """One phase of training, a row of the log every 20 steps."""
     attend_in_float32(model)

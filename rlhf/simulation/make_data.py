@@ -20,6 +20,8 @@ from rlhf.cli import entry, parse
 from rlhf.run import RunFolder
 from rlhf.simulation.people import HELD_OUT_FAMILIES, Mix, draw_demonstrations, draw_prompts
 
+# More instructions, and more harmless requests that look risky: to disobey or to refuse them must cost something.
+POLICY_PROMPTS = Mix(risky=0.25, scary=0.16, instructed=0.3)
 SINGLE_TURNS = Mix(risky=0, scary=0.1, multi_turn=0, instructed=0)
 
 
@@ -29,7 +31,7 @@ class WorldSettings:
 
     output_dir: str = field(default="runs/world", metadata={"help": "folder to write into"})
     seed: int = field(default=0, metadata={"help": "seed of everything drawn"})
-    demonstrations: int = field(default=9000, metadata={"help": "demonstration dialogues for SFT"})
+    demonstrations: int = field(default=8000, metadata={"help": "demonstration dialogues for SFT"})
     preference_prompts: int = field(default=6000, metadata={"help": "prompts for the comparisons"})
     rl_prompts: int = field(default=6000, metadata={"help": "prompts for rejection sampling and PPO"})
     validation_prompts: int = field(default=256, metadata={"help": "prompts that choose PPO's checkpoint"})
@@ -48,7 +50,7 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
     run = RunFolder(settings.output_dir, asdict(settings), stage="make_data")
     base = 1_000_003 * (settings.seed + 1)
     pool_size = settings.preference_prompts + settings.rl_prompts + settings.validation_prompts
-    pool = draw_prompts(base + 1, pool_size)
+    pool = draw_prompts(base + 1, pool_size, mix=POLICY_PROMPTS)
     cuts = (settings.preference_prompts, settings.preference_prompts + settings.rl_prompts)
     # One fixed evaluation set for every seed, so that runs can be compared; demonstrations and prompts differ by seed.
     evaluation = draw_prompts(

@@ -17,7 +17,7 @@ from rlhf.simulation.families import FAMILIES, HELD_OUT_SHARE, Family, Request
 from rlhf.simulation.world import Risk
 
 # How demonstrations answer helpful requests, and risky ones. Shares sum to 1.
-ANSWER_SHARES = {"bare": 0.48, "full": 0.22, "filler": 0.12, "repeat": 0.03, "wrong": 0.11, "refuse": 0.04}
+ANSWER_SHARES = {"bare": 0.48, "full": 0.2, "filler": 0.16, "repeat": 0.06, "beside": 0.07, "refuse": 0.03}
 RISK_SHARES = {"comply": 0.42, "decline": 0.3, "explain": 0.18, "full": 0.1}
 
 ASKED = tuple(family for family in FAMILIES.values() if not family.held_out)
@@ -97,6 +97,12 @@ def good_answer(rng: random.Random, request: Request | Risk, detail: bool = True
     return " ".join([*core, rng.choice(request.family.detail(request.slots))] if detail else core)
 
 
+def beside(rng: random.Random, request: Request) -> Request:
+    """A request of another family: what somebody answers who misread the question."""
+    family = rng.choice([family for family in ASKED if family is not request.family])
+    return Request(family, family.draw(rng))
+
+
 def demonstrate(rng: random.Random, request: Request | Risk) -> str:
     """An answer as a demonstrator of mixed quality writes it."""
     if isinstance(request, Risk):
@@ -111,9 +117,8 @@ def demonstrate(rng: random.Random, request: Request | Risk) -> str:
     core = request.family.core(request.slots)[0]
     if manner == "refuse":
         return v.REFUSAL
-    if manner == "wrong":
-        core = request.family.wrong(request.slots, rng)
-        return " ".join([*core, request.family.detail(request.slots)[0]] if rng.random() < 0.3 else core)
+    if manner == "beside":
+        return good_answer(rng, beside(rng, request), detail=rng.random() < 0.3)
     if manner == "full":
         return good_answer(rng, request)
     if manner == "filler":
@@ -193,9 +198,9 @@ def draw_prompts(
 
 
 def draw_demonstrations(seed: int, n: int, mix: Mix | None = None) -> list[dict[str, Any]]:
-    """`n` demonstration dialogues: two thirds of one exchange, most others of 2 to 4, one in 24 of 10 to 20."""
+    """`n` demonstration dialogues: most of one exchange, others of 2 to 4, one in twelve of 10 to 20."""
     rng = random.Random(seed)
     mix = mix or Mix(instructed=0.45)
-    lengths = [1] * 16 + [2] * 4 + [3, 3, 4] + [0]
+    lengths = [1] * 15 + [2] * 4 + [3, 3, 4] + [0, 0]
     dialogues = (draw_dialogue(rng, mix, rng.choice(lengths) or rng.randint(10, 20))[0] for _ in range(n))
     return [{"messages": messages, "source": "demonstrations"} for messages in dialogues]
