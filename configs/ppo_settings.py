@@ -62,7 +62,9 @@ class PPOSettings:
     gae_lambda: float = field(default=0.95, metadata={"help": "lambda of GAE."})
     whiten_advantages: bool = field(default=True, metadata={"help": "Whiten advantages over the iteration's tokens."})
 
-    eval_steps: int = field(default=10, metadata={"help": "Iterations between held-out evaluations."})
+    eval_steps: int = field(
+        default=10, metadata={"help": "Iterations between held-out evaluations; 0: only the first and the last."}
+    )
     eval_prompts: int = field(default=256, metadata={"help": "Held-out prompts used, from the top of the file."})
     gold: str = field(
         default="none",

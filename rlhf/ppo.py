@@ -277,7 +277,7 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
         figures = run.iterate(step - 1)
         run.state |= {"step": step, "figures": figures}
         at_end = step == ppo.total_iterations or run.over_cap()
-        if run.held_out and (step % ppo.eval_steps == 0 or at_end):
+        if run.held_out and ((ppo.eval_steps and step % ppo.eval_steps == 0) or at_end):
             figures |= run.evaluate(step)
         if step % run_settings.logging_steps == 0 or at_end or "eval/objective" in figures:
             folder.log(step, figures)

@@ -7,7 +7,9 @@ What differs from the paper, or fills what it leaves open:
 2. Scored is the raw score of the reward model that the piecewise rule of PPO picks (reward/combine.py), on the sampled
    ids themselves, never on re-encoded text.
 3. A response that was cut at max_new_tokens, is empty, or could not stand in a dialogue is scored but not kept.
-4. For every kept prompt the median of the K and a random one are written beside the best, as controls of equal size.
+4. Rows are marked `train_on: last`: the reply that was picked is trained, not the earlier ones of its prompt, which
+   nobody has scored and which may be of the kind that the stage is to unlearn.
+5. For every kept prompt the median of the K and a random one are written beside the best, as controls of equal size.
 
 Writes best.jsonl, median.jsonl and random.jsonl (dialogues for rlhf/sft.py), scores.npz (all scores, prompts x K), and
 shards/ with every response. Killed and started again it continues; several processes share the prompts.
@@ -226,6 +228,7 @@ def write_outputs(folder: Path, rows: list[Row], picks: dict[str, list[int | Non
             [
                 {
                     "messages": [*row["prompt"], {"role": "assistant", "content": row["responses"][i]}],
+                    "train_on": "last",
                     "source": f"rejection_sampling/{kind}",
                 }
                 for row, i in zip(rows, picks[kind], strict=True)

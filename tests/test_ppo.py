@@ -252,6 +252,11 @@ def test_main_writes_the_run_folder(paths, tmp_path):
     assert run_ppo(paths, tmp_path, total=2) == summary  # complete: not run again
 
 
+def test_no_evaluation_between_the_first_and_the_last(paths, tmp_path):
+    run_ppo(paths, tmp_path, "--eval_steps", "0", total=3)
+    assert [row["step"] for row in metrics(tmp_path) if "eval/objective" in row] == [0, 3]
+
+
 @pytest.mark.parametrize("lora", [False, True])
 def test_a_killed_run_continues_bit_for_bit(paths, tmp_path, monkeypatch, lora):
     extra = ("--use_peft", "true", "--lora_r", "4") if lora else ()

@@ -95,6 +95,7 @@ def test_best_is_the_first_maximum_of_scores_recomputed_from_the_stored_ids(argu
             medians.append([*row["prompt"], {"role": "assistant", "content": row["responses"][median]}])
     assert [row["messages"] for row in rows_of(folder / "best.jsonl")] == expected
     assert [row["messages"] for row in rows_of(folder / "median.jsonl")] == medians
+    assert {row["train_on"] for row in rows_of(folder / "best.jsonl")} == {"last"}  # nobody scored the earlier replies
     assert summary["kept"] == len(expected) >= 5
 
 

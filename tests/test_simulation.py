@@ -228,7 +228,7 @@ def test_a_quarter_of_the_evaluation_asks_about_values_that_training_never_asks_
         text, asked = last_turn(prompt)
         assert asked not in trained if held else text_for_evaluation(text)
     families = {read_dialogue(prompt).request.family.name for prompt in world_files["family_prompts"]}
-    assert families == {"reverse", "food", "owner"}
+    assert families == {"reverse", "bigger", "owner"}
     assert not {asked for asked in trained if "reverse" in asked or "food" in asked}
 
 

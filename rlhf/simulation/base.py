@@ -22,11 +22,17 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from rlhf.hardware import attend_in_float32
 from rlhf.simulation.corpus import ALL_WORDS, documents
+from rlhf.simulation.families import FAMILIES
 from rlhf.simulation.people import ask, draw_request, good_answer
 
 LONGEST, BATCH_TOKENS = 1024, 2048
 TOKENS, PEAKS = (6_000_000, 6_000_000), (3e-3, 2e-3)
 BASE_MODEL = Path(__file__).parent / "base_model"
+# Named, so that which families people ask about can change without another tokenizer and so another base model.
+TOKENIZED = tuple(
+    FAMILIES[name]
+    for name in ("colour", "home", "use", "bigger", "sum", "opposite", "steps", "scary_but_benign", "list")
+)
 # The tags of the Llama 2 format stay whole pieces of ordinary text; the rest is split as GPT-2 does.
 _PIECES = (
     r" ?\[/?INST\]| ?<<SYS>>\n|\n<</SYS>>\n\n"
@@ -68,7 +74,7 @@ def _tokenizer_text(seed: int) -> Iterator[str]:
     yield from (f" {word}" for word in ALL_WORDS for _ in range(200))  # one token each, so that copying one is one step
     rng = random.Random(seed)
     for i in range(3000):  # the tags of the chat format, beside every kind of request and refusal
-        request = draw_request(rng, ("helpful", "scary", "risky")[i % 3], evaluation=False)
+        request = draw_request(rng, ("helpful", "scary", "risky")[i % 3], evaluation=False, families=TOKENIZED)
         text = ask(rng, request, evaluation=False) or ""
         if i % 5 == 0:
             text = f"<<SYS>>\nAlways be kind.\n<</SYS>>\n\n{text}"

@@ -183,6 +183,7 @@ BIGGER = Family(
     core=_bigger_core,
     detail=_bigger_detail,
     wrong=lambda s, rng: [f"{capital(article((_bigger(s) or s)[1]))} is bigger."],
+    held_out=True,
 )
 
 
@@ -324,7 +325,6 @@ FOOD = Family(
         f"{capital(article(s[0]))} eats {_pick(rng, [a[3] for a in v.ANIMALS.values()], v.ANIMALS[s[0]][3])}."
     ],
     followup=True,
-    held_out=True,
 )
 
 FAMILIES: dict[str, Family] = {

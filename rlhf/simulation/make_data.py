@@ -20,8 +20,10 @@ from rlhf.cli import entry, parse
 from rlhf.run import RunFolder
 from rlhf.simulation.people import HELD_OUT_FAMILIES, Mix, draw_demonstrations, draw_prompts
 
-# More instructions, and more harmless requests that look risky: to disobey or to refuse them must cost something.
-POLICY_PROMPTS = Mix(risky=0.25, scary=0.16, instructed=0.3)
+# More of the harmless requests that look risky than in the demonstrations: refusing them must cost something.
+POLICY_PROMPTS = Mix(risky=0.25, scary=0.16)
+# In the other prompts an instruction holds for its own turn: answers to them would teach against Ghost Attention.
+UNINSTRUCTED = Mix(risky=0.25, scary=0.16, instructed=0)
 SINGLE_TURNS = Mix(risky=0, scary=0.1, multi_turn=0, instructed=0)
 
 
@@ -31,7 +33,7 @@ class WorldSettings:
 
     output_dir: str = field(default="runs/world", metadata={"help": "folder to write into"})
     seed: int = field(default=0, metadata={"help": "seed of everything drawn"})
-    demonstrations: int = field(default=8000, metadata={"help": "demonstration dialogues for SFT"})
+    demonstrations: int = field(default=9000, metadata={"help": "demonstration dialogues for SFT"})
     preference_prompts: int = field(default=6000, metadata={"help": "prompts for the comparisons"})
     rl_prompts: int = field(default=6000, metadata={"help": "prompts for rejection sampling and PPO"})
     validation_prompts: int = field(default=256, metadata={"help": "prompts that choose PPO's checkpoint"})
@@ -40,6 +42,9 @@ class WorldSettings:
     )
     gatt_prompts: int = field(
         default=3000, metadata={"help": "single user turns to build Ghost Attention dialogues from"}
+    )
+    replay_prompts: int = field(
+        default=800, metadata={"help": "prompts without instructions whose answers Ghost Attention mixes in"}
     )
     family_prompts: int = field(default=100, metadata={"help": "prompts of the held-out families"})
 
@@ -66,6 +71,7 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
         "validation_prompts": pool[cuts[1] :],
         "evaluation_prompts": evaluation,
         "gatt_prompts": draw_prompts(base + 2, settings.gatt_prompts, mix=SINGLE_TURNS),
+        "replay_prompts": draw_prompts(base + 3, settings.replay_prompts, mix=UNINSTRUCTED),
         "gatt_evaluation_prompts": draw_prompts(79, 400, mix=SINGLE_TURNS, evaluation=True),
         "family_prompts": draw_prompts(
             78,

@@ -59,7 +59,7 @@ def draw_request(
         pool = [f for f in families if (f.name == "scary_but_benign") == (kind == "scary")]
         family = rng.choice(pool)
         request = Request(family, family.draw(rng))
-        if request.for_evaluation == evaluation or family.held_out:
+        if request.for_evaluation == evaluation:
             return request
 
 
@@ -198,9 +198,9 @@ def draw_prompts(
 
 
 def draw_demonstrations(seed: int, n: int, mix: Mix | None = None) -> list[dict[str, Any]]:
-    """`n` demonstration dialogues: most of one exchange, others of 2 to 4, one in twelve of 10 to 20."""
+    """`n` demonstration dialogues: most of one exchange, others of 2 to 4, one in twelve of 14 to 22."""
     rng = random.Random(seed)
     mix = mix or Mix(instructed=0.45)
     lengths = [1] * 15 + [2] * 4 + [3, 3, 4] + [0, 0]
-    dialogues = (draw_dialogue(rng, mix, rng.choice(lengths) or rng.randint(10, 20))[0] for _ in range(n))
+    dialogues = (draw_dialogue(rng, mix, rng.choice(lengths) or rng.randint(14, 22))[0] for _ in range(n))
     return [{"messages": messages, "source": "demonstrations"} for messages in dialogues]
