@@ -196,7 +196,7 @@ def test_a_world_has_its_files_in_halves_and_no_prompt_twice(world_files):
     assert {name: len(rows) for name, rows in world_files.items()} == {
         "demonstrations": 1500, "preference_prompts-1": 450, "preference_prompts-2": 450, "rl_prompts-1": 450,
         "rl_prompts-2": 450, "validation_prompts": 100, "gatt_prompts": 600, "evaluation_prompts": 640,
-        "gatt_evaluation_prompts": 400, "family_prompts": 100,
+        "replay_prompts": 800, "gatt_evaluation_prompts": 400, "family_prompts": 100,
     }  # fmt: skip
     pool = [str(prompt) for name, prompts in world_files.items() if name[:3] in ("pre", "rl_", "val")
             for prompt in prompts]  # fmt: skip
@@ -229,7 +229,8 @@ def test_a_quarter_of_the_evaluation_asks_about_values_that_training_never_asks_
         assert asked not in trained if held else text_for_evaluation(text)
     families = {read_dialogue(prompt).request.family.name for prompt in world_files["family_prompts"]}
     assert families == {"reverse", "bigger", "owner"}
-    assert not {asked for asked in trained if "reverse" in asked or "food" in asked}
+    assert not {asked for asked in trained for name in families if f"'{name}'" in asked}
+    assert not [p for p in world_files["replay_prompts"] if read_dialogue(p).instructions]
 
 
 def test_evaluation_prompts_do_not_depend_on_the_seed(tmp_path, world_files):
