@@ -23,7 +23,8 @@ IGNORED = -100  # label of a token that is not trained
 def encode_dialogue(row: dict[str, Any], chat_format: ChatFormat, max_length: int) -> tuple[dict[str, list[int]], str]:
     """One dialogue record -> ({"input_ids", "labels"}, "whole" | "shortened" | "too_long").
 
-    Exchanges are dropped from the oldest until the rest fits into `max_length` tokens; the system message stays.
+    Exchanges are dropped from the oldest until the rest fits into `max_length` tokens; the system message stays. A row
+    with an `instruction` (Ghost Attention) is whole or too long, because its first turn holds that instruction.
     """
     messages = row["messages"]
     system, turns = ([messages[0]], messages[1:]) if messages[0]["role"] == "system" else ([], messages)
@@ -37,6 +38,8 @@ def encode_dialogue(row: dict[str, Any], chat_format: ChatFormat, max_length: in
                 prompt = len(chat_format.encode_prompt(kept[:-1]))
                 labels[:prompt] = [IGNORED] * prompt
             return {"input_ids": encoded.input_ids, "labels": labels}, verdict
+        if row.get("instruction"):
+            break
         turns, verdict = turns[2:], "shortened"
     return {"input_ids": [], "labels": []}, "too_long"
 

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 from configs.chat import load_chat_format
 from configs.errors import UserError
 from configs.model_settings import ModelSettings
+from configs.records import read_dialogues
 from rlhf import sft, sft_rows
 from rlhf.models import load_policy
 
@@ -68,6 +69,16 @@ def test_long_dialogues_lose_their_oldest_turns_and_keep_the_system_message(chat
     examples, counts = sft_rows.encode_rows(rows, chat_format, whole - 1)
     assert len(examples) == 1
     assert counts == {"whole": 0, "shortened": 1, "too_long": 1}
+
+
+def test_a_ghost_attention_row_never_loses_the_turn_that_holds_its_instruction(chat_format, tmp_path):
+    row = {"messages": turns("Always act as Homer. a?", "b", "c?", "d"), "instruction": {"kind": "figure"}}
+    path = write_rows(tmp_path / "gatt.jsonl", [row, {**row, "instruction": None}])
+    kept, plain = read_dialogues(path, chat_format=chat_format).rows
+    length = len(chat_format.encode_dialogue(row["messages"]).input_ids)
+    assert sft_rows.encode_dialogue(kept, chat_format, length)[1] == "whole"
+    assert sft_rows.encode_dialogue(kept, chat_format, length - 1)[1] == "too_long"
+    assert sft_rows.encode_dialogue(plain, chat_format, length - 1)[1] == "shortened"
 
 
 def test_mix_weights_are_passes_over_a_file():
