@@ -1,8 +1,8 @@
 """People of the simulated world: what they ask, and how they answer when they write demonstrations.
 
 Demonstrations are of mixed quality, as the third-party data of the paper's §3.1: most answer rightly but leave the
-detail out, some ramble, some answer another question, and some comply with risky requests. So a model fine-tuned on them has
-something to gain from preferences, greedy decoding included.
+detail out, some ramble, some answer another question, and some comply with risky requests. So a model fine-tuned on
+them has something to gain from preferences, greedy decoding included.
 """
 
 import random
