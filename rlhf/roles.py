@@ -25,7 +25,7 @@ from reward.model import add_lora, create_reward_model, load_reward_model
 from reward.scorer import score_ids
 from rlhf.hardware import attend_in_float32, mixed_precision
 from rlhf.losses import token_logprobs
-from rlhf.models import load_policy, resolve_dtype
+from rlhf.models import freeze_embeddings, load_policy, resolve_dtype
 
 
 @dataclass(frozen=True)
@@ -168,7 +168,7 @@ def load_roles(ppo: PPOSettings, model_settings: ModelSettings, tokenizer: Any, 
         lora = model_settings
         value = add_lora(value, lora.lora_r, lora.lora_alpha, 0.0, lora.lora_target_modules)
     elif model_settings.freeze_embeddings:
-        value.get_input_embeddings().requires_grad_(False)
+        freeze_embeddings(value)
     if ppo.gradient_checkpointing:
         for model in (policy, value):
             unwrap(model).gradient_checkpointing_enable({"use_reentrant": False})

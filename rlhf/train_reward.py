@@ -41,7 +41,7 @@ from reward.data import EncodedPair, encode_pairs, mix  # noqa: E402
 from reward.loss import margin_table  # noqa: E402
 from reward.model import add_lora, create_reward_model, save_reward_model  # noqa: E402
 from rlhf.hardware import attend_in_float32  # noqa: E402
-from rlhf.models import data_fingerprint, load_tokenizer, model_card, resolve_dtype  # noqa: E402
+from rlhf.models import data_fingerprint, freeze_embeddings, load_tokenizer, model_card, resolve_dtype  # noqa: E402
 from rlhf.roles import unwrap  # noqa: E402
 from rlhf.reward_training import CHECKPOINTS, RewardTrainer, score_pairs, training_arguments  # noqa: E402
 from rlhf.run import NOT_COMPARED, RunFolder  # noqa: E402
@@ -93,7 +93,7 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
             model_settings.lora_target_modules,
         )
     elif model_settings.freeze_embeddings:
-        model.get_input_embeddings().requires_grad_(False)
+        freeze_embeddings(model)
 
     # Training
     def evaluate_pairs() -> dict[str, float]:
