@@ -28,9 +28,16 @@ class EncodedPair:
     row: Mapping[str, Any]  # the record, for grouping metrics and for samples
 
     @property
+    def shared(self) -> int:
+        """Tokens that both dialogues begin with, less than the shorter has: each keeps a token of its own."""
+        shorter = min(len(self.chosen_ids), len(self.rejected_ids))
+        different = np.flatnonzero(self.chosen_ids[:shorter] != self.rejected_ids[:shorter])
+        return int(min(different[0] if len(different) else shorter, shorter - 1))
+
+    @property
     def length(self) -> int:
-        """Tokens of the longer of the two dialogues, which decides the width of a padded batch."""
-        return max(len(self.chosen_ids), len(self.rejected_ids))
+        """Tokens of the pair as one row, its shared ones counted once (reward/collate.py)."""
+        return len(self.chosen_ids) + len(self.rejected_ids) - self.shared
 
 
 def shorten_prompt(prompt: Sequence[Message]) -> list[Message] | None:

@@ -9,6 +9,7 @@ subclass that differs from the plain one in two points, neither of which shows i
 """
 
 import contextlib
+import inspect
 import logging
 import shutil
 from collections.abc import Iterator
@@ -31,14 +32,53 @@ class ScoreAtEnd:
 
     _keep_in_fp32_modules_strict = {"score"}
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, **_: Any) -> SequenceClassifierOutputWithPast:
-        """input_ids, attention_mask [B, T], padded on the right -> `.logits` [B, 1], float32 raw scores r."""
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        position_ids: Tensor | None = None,
+        ends: Tensor | None = None,
+        **_: Any,
+    ) -> SequenceClassifierOutputWithPast:
+        """input_ids, attention_mask [B, T], padded on the right -> `.logits` [B, 1], float32 raw scores r.
+
+        With position_ids [B, T] and ends [B, S], attention_mask is [B, 1, T, T] bool (True: the key is seen), and
+        `.logits` [B, S] are the scores at the positions `ends`.
+        """
         backbone = getattr(self, self.base_model_prefix)  # type: ignore[attr-defined]
-        hidden_BTD = backbone(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
-        last_B = attention_mask.sum(dim=1) - 1
-        hidden_BD = hidden_BTD[torch.arange(len(last_B), device=last_B.device), last_B]
-        with torch.autocast(hidden_BD.device.type, enabled=False):
-            return SequenceClassifierOutputWithPast(logits=self.score(hidden_BD.float()))  # type: ignore[attr-defined]
+        if ends is None:
+            inputs = {"attention_mask": attention_mask}
+            ends = attention_mask.sum(dim=1, keepdim=True) - 1
+        else:
+            mask = attention_mask
+            if self.config._attn_implementation == "eager":  # type: ignore[attr-defined]
+                # Eager attention adds its mask: a bool one would hide nothing, without an error.
+                mask = torch.where(mask, 0.0, torch.finfo(self.dtype).min).to(self.dtype)  # type: ignore[attr-defined]
+            inputs = {"attention_mask": mask, "position_ids": position_ids}
+        hidden_BTD = backbone(input_ids=input_ids, use_cache=False, **inputs).last_hidden_state
+        hidden_BSD = hidden_BTD[torch.arange(len(ends), device=ends.device)[:, None], ends]
+        with torch.autocast(hidden_BTD.device.type, enabled=False):
+            scores_BS = self.score(hidden_BSD.float())[..., 0]  # type: ignore[attr-defined]
+        return SequenceClassifierOutputWithPast(logits=scores_BS)
+
+
+def takes_shared_prompts(model: Any) -> bool:
+    """Whether `model` can read a pair as one row (reward/collate.py).
+
+    It takes attention that follows any mask (sdpa or eager, not flash), the same in every layer, and positions that can
+    be given.
+    """
+    model = model.get_base_model() if hasattr(model, "get_base_model") else model
+    backbone = getattr(model, model.base_model_prefix)
+    config = model.config
+    uniform = set(getattr(config, "layer_types", None) or ["full_attention"]) == {"full_attention"}
+    windowed = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
+    return (
+        config._attn_implementation.startswith(("sdpa", "eager"))
+        and uniform
+        and not windowed
+        and "position_ids" in inspect.signature(backbone.forward).parameters
+    )
 
 
 def load_reward_model(

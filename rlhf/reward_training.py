@@ -20,9 +20,10 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from configs.model_settings import RunSettings
 from configs.reward_settings import RewardSettings
-from reward.collate import collate_pairs
+from reward.collate import collate_pairs, collate_shared_pairs
 from reward.data import EncodedPair
 from reward.loss import ranking_loss_sum, safety_loss_sum
+from reward.model import takes_shared_prompts
 from reward.scorer import score_ids
 
 CHECKPOINTS = "checkpoints"  # in the run folder
@@ -64,10 +65,11 @@ class RewardTrainer(Trainer):
         evaluate_pairs: Callable[[], dict[str, float]] | None,
         log: Callable[[int, dict[str, float]], None],
     ) -> None:
+        self.share_prompts = takes_shared_prompts(model)
         super().__init__(
             model=model,
             args=args,
-            data_collator=partial(collate_pairs, pad_id=pad_id),
+            data_collator=partial(collate_shared_pairs if self.share_prompts else collate_pairs, pad_id=pad_id),
             train_dataset=train_pairs,
             eval_dataset=train_pairs if args.eval_strategy != "no" else None,
         )
@@ -88,8 +90,13 @@ class RewardTrainer(Trainer):
         num_items_in_batch: Tensor | None = None,
     ) -> Tensor:
         """Eq. 2 plus the weighted safety loss, per pair of the optimizer step."""
-        scores_2B = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits[:, 0].float()
-        chosen_B, rejected_B = scores_2B.chunk(2)
+        if self.share_prompts:
+            names = {"attention_mask": "visible", "position_ids": "position_ids", "ends": "ends"}
+            row = {argument: inputs[name] for argument, name in names.items()}
+            chosen_B, rejected_B = model(input_ids=inputs["input_ids"], **row).logits.unbind(1)
+        else:
+            scores_N1 = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits
+            chosen_B, rejected_B = scores_N1[:, 0].chunk(2)
         ranking = ranking_loss_sum(chosen_B, rejected_B, inputs["margin"])
         loss, safety = ranking, torch.zeros_like(ranking)
         if self.settings.safety_weight:
@@ -98,7 +105,9 @@ class RewardTrainer(Trainer):
         with torch.no_grad():  # sums on the device; read once per log, not once per step
             right = (chosen_B > rejected_B).sum() + 0.5 * (chosen_B == rejected_B).sum()
             count = torch.full_like(ranking, len(chosen_B))
-            sums = torch.stack([count, right, ranking, safety, (chosen_B - rejected_B).sum(), scores_2B.sum() / 2])
+            sums = torch.stack(
+                [count, right, ranking, safety, (chosen_B - rejected_B).sum(), (chosen_B + rejected_B).sum() / 2]
+            )
             self._sums = sums if self._sums is None else self._sums + sums
         pairs = len(chosen_B) if num_items_in_batch is None else num_items_in_batch
         # DDP averages gradients over the processes; each holds its sum over the pairs of all, so undo that average.

@@ -59,11 +59,11 @@ def test_long_prompts_lose_turns_never_the_response():
     pairs, refused, counts = encode_pairs([row(LONG)], WordFormat(), max_length=8, margins=None)
     assert pairs[0].chosen_ids.tolist() == [1, 4, 5, 6, 7]
     assert pairs[0].rejected_ids.tolist() == [1, 4, 5, 6, 8, 8]
-    assert pairs[0].length == 6
+    assert pairs[0].length == 7  # the prompt once, 4, and the responses, 1 and 2
     assert not refused
     assert counts["shortened"] == 1
     pairs, _, counts = encode_pairs([row(LONG)], WordFormat(), max_length=9, margins=None)
-    assert pairs[0].length == 9
+    assert pairs[0].length == 10
     assert counts["shortened"] == 0
 
 

@@ -1,0 +1,137 @@
+"""A pair as one row, its prompt computed once: the same scores and gradients as two rows. Tiny random models."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import (
+    BloomConfig,
+    BloomForSequenceClassification,
+    GPT2Config,
+    GPT2ForSequenceClassification,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+    MistralConfig,
+    MistralForSequenceClassification,
+)
+
+from reward.collate import collate_shared_pairs
+from reward.data import EncodedPair
+from reward.model import add_lora, load_reward_model, takes_shared_prompts
+from reward.scorer import score_ids
+
+SMALL = {"vocab_size": 32, "num_labels": 1, "pad_token_id": 0}
+LLAMA = {**SMALL, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+         "num_key_value_heads": 2, "initializer_range": 0.3}  # fmt: skip
+MODELS = {
+    "llama": lambda: LlamaForSequenceClassification(LlamaConfig(**LLAMA)),
+    "gpt2": lambda: GPT2ForSequenceClassification(
+        GPT2Config(**SMALL, n_embd=16, n_layer=2, n_head=4, n_positions=64, initializer_range=0.3)
+    ),
+    "mistral": lambda: MistralForSequenceClassification(MistralConfig(**LLAMA, sliding_window=None)),
+    "mistral, windowed": lambda: MistralForSequenceClassification(MistralConfig(**LLAMA, sliding_window=4)),
+    "bloom": lambda: BloomForSequenceClassification(BloomConfig(**SMALL, hidden_size=16, n_layer=2, n_head=4)),
+}
+
+
+def pair(prompt, chosen, rejected):
+    ids = (np.array([*prompt, *response], dtype=np.int32) for response in (chosen, rejected))
+    return EncodedPair(*ids, margin=0.0, chosen_safe=math.nan, rejected_safe=math.nan, row={})
+
+
+def load(tmp_path_factory, name, attention="sdpa"):
+    folder = tmp_path_factory.mktemp("model")
+    torch.manual_seed(0)
+    MODELS[name]().save_pretrained(folder)
+    return load_reward_model(folder, attn_implementation=attention)
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    return load(tmp_path_factory, "llama")
+
+
+def scores(model, pairs):
+    batch = collate_shared_pairs(pairs, pad_id=0)
+    layout = {"attention_mask": batch["visible"], "position_ids": batch["position_ids"], "ends": batch["ends"]}
+    return model(input_ids=batch["input_ids"], **layout).logits
+
+
+def scores_apart(model, pairs):
+    """Each dialogue in a row of its own."""
+    ids = [[torch.tensor(i)[None].long() for i in (p.chosen_ids, p.rejected_ids)] for p in pairs]
+    return torch.stack([torch.cat([model(i, torch.ones_like(i)).logits[0] for i in both]) for both in ids])
+
+
+def test_layout_worked_by_hand():
+    # Prompt 5 6, chosen 7 8, rejected 9; and a pair without a prompt, shorter, so that it is padded.
+    batch = collate_shared_pairs([pair([5, 6], [7, 8], [9]), pair([], [3], [4])], pad_id=0)
+    assert batch["input_ids"].tolist() == [[5, 6, 7, 8, 9], [3, 4, 0, 0, 0]]
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 2], [0, 0, 1, 2, 3]]
+    assert batch["ends"].tolist() == [[3, 4], [0, 1]]
+    assert batch["visible"][0, 0].int().tolist() == [
+        [1, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0],
+        [1, 1, 1, 0, 0],
+        [1, 1, 1, 1, 0],
+        [1, 1, 0, 0, 1],
+    ]
+    assert batch["visible"][1, 0, :2, :2].int().tolist() == [[1, 0], [0, 1]]
+
+
+def test_each_response_keeps_a_token_of_its_own():
+    assert pair([5, 6], [7, 8], [7, 9]).shared == 3  # common beginnings of responses are shared, too
+    assert pair([5, 6], [7], [7, 9]).shared == 2  # one dialogue begins the other
+    assert pair([5, 6], [7, 8], [7, 9]).length == 5
+
+
+token = st.integers(1, 31)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.tuples(st.lists(token, max_size=9), *[st.lists(token, min_size=1, max_size=6)] * 2), min_size=1,
+                max_size=4))  # fmt: skip
+def test_scores_are_those_of_separate_rows(llama, drawn):
+    pairs = [pair(*parts) for parts in drawn]
+    torch.testing.assert_close(scores(llama, pairs), scores_apart(llama, pairs), atol=2e-5, rtol=1e-4)
+
+
+PAIRS = [pair([5, 6, 9, 3], [7, 8], [9, 2, 2, 4]), pair([1], [3, 3, 3], [4])]
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "mistral"])
+def test_gradients_are_those_of_separate_rows(tmp_path_factory, name, attention):
+    model = load(tmp_path_factory, name, attention)
+    assert takes_shared_prompts(model)
+    found = []
+    for compute in (scores, scores_apart):
+        model.zero_grad()
+        chosen, rejected = compute(model, PAIRS).unbind(1)
+        torch.nn.functional.softplus(rejected - chosen).sum().backward()
+        found.append([chosen.detach(), rejected.detach(), *(p.grad for p in model.parameters() if p.grad is not None)])
+    for shared, apart in zip(*found, strict=True):
+        torch.testing.assert_close(shared, apart, atol=1e-5, rtol=1e-4)
+
+
+def test_lora_passes_the_layout_through(llama):
+    model = add_lora(llama, 4, 8, 0.0, None)
+    assert takes_shared_prompts(model)
+    ids = [ids for p in PAIRS for ids in (p.chosen_ids, p.rejected_ids)]
+    torch.testing.assert_close(scores(model, PAIRS).flatten(), score_ids(model, ids), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("name", "attention"), [("mistral, windowed", "sdpa"), ("bloom", "eager")])
+def test_models_that_need_rows_apart_are_known(tmp_path_factory, name, attention):
+    assert not takes_shared_prompts(load(tmp_path_factory, name, attention))
+
+
+def test_flash_attention_needs_rows_apart(llama):
+    llama.config._attn_implementation = "flash_attention_2"
+    try:
+        assert not takes_shared_prompts(llama)
+    finally:
+        llama.config._attn_implementation = "sdpa"
