@@ -17,6 +17,7 @@ their own (SmolLM2, Llama 3, Qwen 2.5). Special tags inside a message are refuse
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,8 @@ Message = dict[str, str]  # {"role": "system" | "user" | "assistant", "content":
 B_INST, E_INST = "[INST]", "[/INST]"
 B_SYS, E_SYS = "<<SYS>>\n", "\n<</SYS>>\n\n"
 SPECIAL_TAGS = ("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>")
+# The cache of encoded texts: longer ones come back less often, and bounds keep it under some 40 MB.
+REMEMBERED_TEXTS, REMEMBERED_LENGTH = 4096, 1000
 # Llama 3.2 writes today's date into the prompt unless it is given one; this is the constant that Llama 3.1 uses.
 FIXED_DATE = "26 Jul 2024"
 # For any tokenizer of Llama 2's vocabulary: the first id tells Meta's per-string encoding (518, "▁[") from a bare "["
@@ -115,7 +118,8 @@ def check_messages(messages: Any, last_role: str | None = None, forbidden: Seque
 
 
 class ChatFormat:
-    """What the formats share. Build one with `load_chat_format`; a format holds no state between calls.
+    """What the formats share. Build one with `load_chat_format`; its only state is a cache of encoded text, because the
+    same prompt is encoded again for every response to it.
 
     Attributes:
         name: "llama2" or "template".
@@ -131,6 +135,7 @@ class ChatFormat:
         self.stop_ids: list[int] = []
         self.special_ids = _special_tokens(tokenizer)
         self.forbidden: tuple[str, ...] = tuple(self.special_ids)
+        self._remembered = lru_cache(REMEMBERED_TEXTS)(self._encode_anew)
 
     def encode_prompt(self, messages: Sequence[Message]) -> list[int]:
         """Ids of a dialogue whose last message is the user's, up to where the reply begins."""
@@ -156,7 +161,10 @@ class ChatFormat:
         raise NotImplementedError
 
     def _encode_text(self, text: str) -> list[int]:
-        return list(self.tokenizer.encode(text, add_special_tokens=False))
+        return list(self._remembered(text) if len(text) <= REMEMBERED_LENGTH else self._encode_anew(text))
+
+    def _encode_anew(self, text: str) -> tuple[int, ...]:
+        return tuple(self.tokenizer.encode(text, add_special_tokens=False))
 
     def _decode_text(self, ids: list[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
@@ -218,10 +226,10 @@ class Llama2Format(ChatFormat):
                 append([*self._continue(prompt, prompt_ids, reply), self.tokenizer.eos_token_id], True)
         return Encoded(ids, mask)
 
-    def _encode_text(self, text: str) -> list[int]:
+    def _encode_anew(self, text: str) -> tuple[int, ...]:
         if self._sentencepiece is not None:
-            return list(self._sentencepiece.encode(text))
-        ids = super()._encode_text(text)
+            return tuple(self._sentencepiece.encode(text))
+        ids = super()._encode_anew(text)
         if not self._control_ids.isdisjoint(ids):
             raise ChatFormatError(f"text was encoded as a special token: {text[:60]!r}", "special tag")
         return ids

@@ -369,3 +369,13 @@ def test_llama2_ids_equal_a_plain_reference(kind, messages, kit):
 
 
 _CACHE: dict = {}
+
+
+def test_ids_that_are_handed_out_are_the_callers_own():
+    chat = load_chat_format(tiny_tokenizer(), "llama2")
+    messages = [{"role": "user", "content": "one"}]
+    first = chat.encode_prompt(messages)
+    first.append(0)
+    chat._encode_text("one").append(0)
+    assert chat.encode_prompt(messages) == first[:-1]
+    assert chat._encode_text("one")[-1:] != [0]
