@@ -80,9 +80,9 @@ class Worker:
             todo = [index for index in waiting if index not in rows]
             if not todo:
                 break
-            sides = [self._side(side, [waiting[i] for i in todo], todo, attempt) for side in (0, 1)]
-            for index, one, two in zip(todo, *sides, strict=True):
-                pair = [one, two]
+            pairs = self._pairs([waiting[i] for i in todo], todo, attempt)
+            for index, pair in zip(todo, pairs, strict=True):
+                one, two = pair
                 if not (one[1] and two[1]):
                     skipped[index] = "unusable"
                 elif one[0] == two[0]:
@@ -91,24 +91,35 @@ class Worker:
                     rows[index] = self._row(index, waiting[index], pair, attempt)
         return [rows.get(index, {"id": str(index), "skipped": skipped.get(index)}) for index in waiting]
 
-    def _side(self, side: int, prompts: list[Row], indices: list[int], attempt: int) -> list[tuple[str, bool, bool]]:
-        """(text, usable, finished) of one response to each prompt, seeded by pair, side and attempt."""
+    def _pairs(self, prompts: list[Row], indices: list[int], attempt: int) -> list[list[tuple[str, bool, bool]]]:
+        """By prompt, (text, usable, finished) of a response of each variant, seeded by pair, side and attempt."""
+        streams = [(self.seed * 1_000_003 + attempt) * 2 + side for side in (0, 1)]
+        seeds = [[sample_seeds(stream, 1, first=index)[0] for index in indices] for stream in streams]
+        if self.variants[0] is self.variants[1] and min(self.temperatures) > 0:  # each prompt is computed once for both
+            both = self._draw(0, prompts, [seed for pair in zip(*seeds, strict=True) for seed in pair], True)
+            return [both[i : i + 2] for i in range(0, len(both), 2)]
+        sides = [self._draw(side, prompts, seeds[side], False) for side in (0, 1)]
+        return [list(pair) for pair in zip(*sides, strict=True)]
+
+    def _draw(self, side: int, prompts: list[Row], seeds: list[int], both: bool) -> list[tuple[str, bool, bool]]:
+        """Responses of one variant, or prompt by prompt of both where they differ in their temperature only."""
         policy, chat, pad_id = self.variants[side]
-        stream = (self.seed * 1_000_003 + attempt) * 2 + side
+        k = 2 if both else 1
         batch = sample(
             policy,
             [chat.encode_prompt(row["prompt"]) for row in prompts],
-            1,
+            k,
             SamplingSettings(self.temperatures[side], self.settings.top_p, 0, self.settings.max_new_tokens),
             stop_ids=chat.stop_ids,
             pad_id=pad_id,
-            seed=[sample_seeds(stream, 1, first=index)[0] for index in indices],
+            seed=seeds,
             token_budget=self.settings.token_budget,
+            temperatures=self.temperatures if both else None,
         )
         texts = [chat.decode_response(ids) for ids in batch.response_ids]
         return [
-            (text, usable(chat, row["prompt"], text), reason == "stop")
-            for row, text, reason in zip(prompts, texts, batch.finish_reasons, strict=True)
+            (text, usable(chat, prompts[i // k]["prompt"], text), batch.finish_reasons[i] == "stop")
+            for i, text in enumerate(texts)
         ]
 
     def _row(self, index: int, prompt: Row, pair: list[tuple[str, bool, bool]], attempt: int) -> Row:

@@ -98,12 +98,14 @@ def decode(
     settings: SamplingSettings,
     stop_ids: Sequence[int],
     keep_rows: bool,
+    temperature_N: Tensor | None = None,
 ) -> Run:
     """Draw, feed, repeat until every row has a stop id or max_new_tokens.
 
     `logits` are those after each row's prompt, `positions` each row's next position, sample_of_row[r] the sample that
     row r holds. Finished rows are moved behind the running ones (mask and sample_of_row follow, in place); keep_rows
-    keeps their cache for later turns instead of overwriting it. The last token drawn is not fed.
+    keeps their cache for later turns instead of overwriting it. The last token drawn is not fed. temperature_N gives
+    each sample a temperature of its own.
     """
     steps, count, device = settings.max_new_tokens, len(uniform_NT), uniform_NT.device
     tokens = torch.zeros(count, steps, dtype=torch.int64, device=device)
@@ -114,7 +116,8 @@ def decode(
     rows, live, positions = count, torch.ones(count, dtype=torch.bool, device=device), positions.clone()
     for step in range(steps):
         owner = sample_of_row[:rows]
-        token, logprob, model_logprob = draw(logits, settings, uniform_NT[owner, step])
+        temperature = None if temperature_N is None else temperature_N[owner]
+        token, logprob, model_logprob = draw(logits, settings, uniform_NT[owner, step], temperature)
         tokens[owner, step], logprobs[owner, step], model_logprobs[owner, step] = token, logprob, model_logprob
         ended = live & torch.isin(token, stops)
         lengths[owner[ended]], stopped[owner[ended]] = step + 1, True

@@ -66,18 +66,22 @@ def truncate(scaled_BV: Tensor, top_k: int, top_p: float) -> Tensor:
     return scaled_BV
 
 
-def draw(logits_BV: Tensor, settings: SamplingSettings, uniform_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Draw one token a row.
+def draw(
+    logits_BV: Tensor, settings: SamplingSettings, uniform_B: Tensor, temperature_B: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Draw one token a row; temperature_B (all above 0) stands in for the settings' temperature where it is given.
 
     Returns (token_B int64, log-prob_B under the distribution drawn from, log-prob_B under the model at temperature 1),
     log-probs float32 in nats. Greedy draws have log-prob 0 under the distribution they are drawn from.
     """
     logits_BV = logits_BV.float()
-    if settings.temperature == 0.0:
+    if temperature_B is None and settings.temperature == 0.0:
         token_B = logits_BV.argmax(dim=-1)
         return token_B, torch.zeros_like(uniform_B), _log_prob(logits_BV, token_B)
-    plain = settings.temperature == 1.0 and settings.top_p == 1.0 and settings.top_k == 0
-    scaled_BV = logits_BV if plain else truncate(logits_BV / settings.temperature, settings.top_k, settings.top_p)
+    cut = settings.top_p < 1.0 or settings.top_k > 0
+    plain = temperature_B is None and settings.temperature == 1.0 and not cut
+    divisor = settings.temperature if temperature_B is None else temperature_B[:, None]
+    scaled_BV = logits_BV if plain else truncate(logits_BV / divisor, settings.top_k, settings.top_p)
     # Inverse CDF: the first token whose cumulative weight exceeds u * total. `right=True` skips tokens of weight 0;
     # u * total may round up to total, where there is no such token, so it is kept one step below.
     peak_B1 = scaled_BV.amax(dim=-1, keepdim=True)

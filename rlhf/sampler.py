@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from configs.errors import UserError
@@ -45,8 +46,9 @@ def sample(
     token_budget: int = 32_768,
     max_rows: int = 512,
     progress: bool = False,
+    temperatures: Sequence[float] | None = None,
 ) -> SampleBatch:
-    """Draw k responses to each prompt.
+    """Draw k responses to each prompt; `temperatures` gives each of the k its own, above 0, in place of the settings'.
 
     A sample depends on its own seed (an int here is spread by `sample_seeds`; a sequence gives one seed a sample), not
     on the batch it was computed in. `token_budget` bounds the cache: rows times (prompt + max_new_tokens) columns.
@@ -59,13 +61,19 @@ def sample(
     seeds = sample_seeds(seed, count) if isinstance(seed, int) else [int(s) for s in seed]
     if len(seeds) != count:
         raise ValueError(f"{len(seeds)} seeds for {count} samples")
+    if temperatures is not None and (len(temperatures) != k or min(temperatures) <= 0):
+        raise ValueError(f"temperatures {list(temperatures)}: give {k} numbers above 0")
+    own = torch.tensor(temperatures, device=model.device) if temperatures is not None else None
     ids: list[list[int]] = [[] for _ in range(count)]
     logprobs: list[list[float]] = [[] for _ in range(count)]
     model_logprobs: list[list[float]] = [[] for _ in range(count)]
     finish = ["length"] * count
     with evaluating(model), tqdm(total=count, desc="sampling", unit="sample", disable=not progress) as bar:
         for group in _groups([len(p) for p in prompts_ids], k, settings.max_new_tokens, token_budget, max_rows):
-            run = _sample_group(model, prompts_ids, group, k, settings, stop_ids, pad_id, [seeds[i] for i in group])
+            run = _sample_group(
+                model, prompts_ids, group, k, settings, stop_ids, pad_id, [seeds[i] for i in group],
+                None if own is None else own[[i % k for i in group]],
+            )  # fmt: skip
             for row, i in enumerate(group):
                 n = run.lengths[row]
                 ids[i], finish[i] = run.tokens[row][:n], "stop" if run.stopped[row] else "length"
@@ -222,6 +230,7 @@ def _sample_group(
     stop_ids: Sequence[int],
     pad_id: int,
     seeds: list[int],
+    temperature_N: Tensor | None,
 ) -> Run:
     """One batch from prefill to the last finished sample; results in the order of `group`."""
     device = model.device
@@ -242,4 +251,4 @@ def _sample_group(
         mask, positions, logits = mask[index], positions[index], logits[index]
     row = torch.arange(len(group), device=device)
     uniform = uniforms(seeds, settings.max_new_tokens).to(device)
-    return decode(model, cache, mask, positions, row, logits, uniform, settings, stop_ids, False)
+    return decode(model, cache, mask, positions, row, logits, uniform, settings, stop_ids, False, temperature_N)

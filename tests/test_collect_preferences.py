@@ -83,12 +83,13 @@ def test_equal_texts_are_drawn_again_then_left_out_and_counted(arguments, tmp_pa
     """Prompt 0 never gives two texts, prompt 1 does at the second attempt, all others at once."""
     attempts: list[tuple[int, int]] = []
 
-    def side(self, side, prompts, indices, attempt):
-        attempts.extend((index, attempt) for index in indices if side == 0)
+    def pairs(self, prompts, indices, attempt):
+        attempts.extend((index, attempt) for index in indices)
         same = {0: 99, 1: 1}
-        return [("same" if attempt < same.get(i, 0) else f"text {side}", True, True) for i in indices]
+        return [[("same" if attempt < same.get(i, 0) else f"text {side}", True, True) for side in (0, 1)]
+                for i in indices]  # fmt: skip
 
-    monkeypatch.setattr(collect_preferences.Worker, "_side", side)
+    monkeypatch.setattr(collect_preferences.Worker, "_pairs", pairs)
     summary = run(arguments, tmp_path, max_resamples="2")
     assert [a for a in attempts if a[0] < 2] == [(0, 0), (1, 0), (0, 1), (1, 1), (0, 2)]
     assert (summary["pairs"], summary["skipped_identical"], summary["resampled"]) == (39, 1, 1)
@@ -107,6 +108,15 @@ def test_each_draw_of_a_pair_has_its_own_seed(arguments, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="no prompt gave two different responses .*'skipped_unusable': 40"):
         run(arguments, tmp_path, max_resamples="1")
     assert len(set(seeds)) == len(seeds) == 40 * 2 * 2  # prompts, sides, attempts
+
+
+def test_one_model_at_two_temperatures_draws_what_two_models_would(arguments, tmp_path):
+    """Its prompts are computed once for both sides; a copy of the model as the second one computes them twice."""
+    copy = save_ending_policy(tmp_path / "second")
+    run(arguments, tmp_path / "once")
+    run(arguments, tmp_path / "twice", second_model_name_or_path=copy)
+    once, twice = (rows_of(tmp_path / name / "unlabelled.jsonl") for name in ("once", "twice"))
+    assert once == twice
 
 
 def test_two_models_are_two_variants(arguments, tmp_path):

@@ -51,7 +51,7 @@ def forced_logits(model: LlamaForCausalLM, prompt: list[int], response: list[int
 
 
 def run(model, prompts, k=1, seed=0, **settings):
-    other = {name: settings.pop(name) for name in ("token_budget", "max_rows") if name in settings}
+    other = {name: settings.pop(name) for name in ("token_budget", "max_rows", "temperatures") if name in settings}
     return sample(model, prompts, k, SamplingSettings(**settings), stop_ids=[STOP], pad_id=PAD, seed=seed, **other)
 
 
@@ -131,6 +131,21 @@ def test_log_probs_equal_a_teacher_forced_pass(model, settings):
         drawn = cut.log_softmax(-1).gather(1, chosen).squeeze(1)
         torch.testing.assert_close(torch.tensor(batch.model_logprobs[i]).double(), plain, atol=1e-4, rtol=0)
         torch.testing.assert_close(torch.tensor(batch.logprobs[i]).double(), drawn, atol=1e-4, rtol=0)
+
+
+def test_each_of_the_k_samples_has_its_own_temperature(model):
+    prompts = ragged_prompts(6)
+    both = run(model, prompts, k=2, max_new_tokens=16, top_p=0.9, temperatures=[0.7, 1.4])
+    for side, temperature in enumerate((0.7, 1.4)):
+        settings = SamplingSettings(temperature, 0.9, 0, 16)
+        alone = sample(model, prompts, 1, settings, stop_ids=[STOP], pad_id=PAD, seed=both.seeds[side::2])
+        assert alone.response_ids == both.response_ids[side::2]
+        for one, other in zip(alone.logprobs, both.logprobs[side::2], strict=True):
+            assert one == pytest.approx(other, abs=1e-5)
+    assert both.response_ids[::2] != both.response_ids[1::2]
+    for wrong in ([0.7], [0.7, 0.0]):
+        with pytest.raises(ValueError, match="give 2 numbers above 0"):
+            run(model, prompts, k=2, temperatures=wrong)
 
 
 def test_samples_follow_the_model_distribution(model):
