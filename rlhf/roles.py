@@ -195,12 +195,16 @@ def _check_same_tokenizer(tokenizer: Any, field: str, path: str) -> None:
             raise UserError(f"{field}: {path} has another tokenizer than the policy; ids cannot pass between them")
 
 
+def rescaled_logits(model: Any) -> str | None:
+    """The config field by which `model` changes hidden states times its head's weight before they are logits."""
+    config = unwrap(model).config.get_text_config()
+    names = ("final_logit_softcapping", "logit_scale", "logits_scaling", "output_multiplier", "lm_head_multiplier")
+    return next((name for name in names if getattr(config, name, None) not in (None, 1.0)), None)
+
+
 def _check_plain_head(policy: Any) -> None:
     """Log-probs are taken from hidden states times the head's weight; refuse models that do more than that."""
-    model = unwrap(policy)
-    config = model.config.get_text_config()
-    for name in ("final_logit_softcapping", "logit_scale", "logits_scaling", "output_multiplier", "lm_head_multiplier"):
-        if getattr(config, name, None) not in (None, 1.0):
-            raise UserError(f"model_name_or_path: PPO does not support models whose logits are rescaled ({name})")
-    if not isinstance(model.get_output_embeddings(), nn.Linear):
+    if name := rescaled_logits(policy):
+        raise UserError(f"model_name_or_path: PPO does not support models whose logits are rescaled ({name})")
+    if not isinstance(unwrap(policy).get_output_embeddings(), nn.Linear):
         raise UserError("lora_target_modules: leave the output head out; PPO reads its weight directly")

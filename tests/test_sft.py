@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from tiny_models import dialogue_rows, save_tiny_policy, tiny_tokenizer, write_rows
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Trainer
 
 from configs.chat import load_chat_format
 from configs.errors import UserError
@@ -158,6 +158,21 @@ def test_one_batch_of_eight_is_four_micro_batches_of_two(folder, data, tmp_path)
     difference = (weights(tmp_path / "a") - weights(tmp_path / "b")).abs().max()
     assert difference < 2e-5
     assert (weights(tmp_path / "a") - weights_of(folder)).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("extra", [(), ("--use_peft", "true", "--lora_r", "4"), ("--packing", "false"),
+                                   ("--gradient_checkpointing", "true")])  # fmt: skip
+def test_the_head_on_trained_tokens_only_gives_the_trainers_own_steps(folder, data, tmp_path, monkeypatch, extra):
+    run_sft(folder, data, tmp_path / "ours", "--max_steps", "3", *extra)
+    monkeypatch.setattr(sft.CpuSFTTrainer, "compute_loss", Trainer.compute_loss)
+    run_sft(folder, data, tmp_path / "plain", "--max_steps", "3", *extra)
+    ours, plain = (
+        [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("ours", "plain")
+    )
+    for name in ("loss", "grad_norm"):
+        assert [row[name] for row in ours[:3]] == pytest.approx([row[name] for row in plain[:3]], rel=1e-4)
+    assert (weights(tmp_path / "ours") - weights(tmp_path / "plain")).abs().max() < 2e-5
 
 
 def weights_of(folder):
