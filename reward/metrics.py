@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from configs.intervals import wilson
 from configs.records import RATINGS
 
 
@@ -20,20 +21,9 @@ def outcome(r_chosen: float, r_rejected: float) -> float:
     return 0.5 if r_chosen == r_rejected else float(r_chosen > r_rejected)
 
 
-def wilson_interval(successes: float, count: int, z: float = 1.959964) -> tuple[float, float]:
-    """95 % Wilson score interval of a share; stays inside [0, 1] and keeps its width at 0 and at `count` successes."""
-    if count == 0:
-        return 0.0, 1.0
-    share = successes / count
-    centre = share + z * z / (2 * count)
-    spread = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
-    scale = 1 + z * z / count
-    return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)
-
-
 def share(outcomes: Sequence[float]) -> dict[str, Any]:
     """{"accuracy", "ci95": [low, high], "count"} of outcomes in {0, 0.5, 1}; accuracy is None when there are none."""
-    low, high = wilson_interval(sum(outcomes), len(outcomes))
+    low, high = wilson(sum(outcomes), len(outcomes))
     return {
         "accuracy": sum(outcomes) / len(outcomes) if outcomes else None,
         "ci95": [low, high],

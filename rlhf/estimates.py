@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 
-Z95 = 1.959963984540054
+from configs.intervals import Z_95, wilson
 
 
 def mean_with_interval(values: list[float] | np.ndarray) -> tuple[float, float]:
@@ -12,17 +12,14 @@ def mean_with_interval(values: list[float] | np.ndarray) -> tuple[float, float]:
     x = np.asarray(values, dtype=np.float64)
     if x.size == 0:
         return math.nan, math.nan
-    return float(x.mean()), float(Z95 * x.std(ddof=1) / math.sqrt(x.size)) if x.size > 1 else 0.0
+    return float(x.mean()), float(Z_95 * x.std(ddof=1) / math.sqrt(x.size)) if x.size > 1 else 0.0
 
 
 def share_with_interval(successes: int, n: int) -> tuple[float, tuple[float, float]]:
     """A share and its Wilson 95 % interval (sensible at 0 and at n, unlike the normal one); nan for n = 0."""
     if n == 0:
         return math.nan, (math.nan, math.nan)
-    p, z2 = successes / n, Z95**2
-    centre = (p + z2 / (2 * n)) / (1 + z2 / n)
-    half = Z95 * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n)) / (1 + z2 / n)
-    return p, (max(0.0, centre - half), min(1.0, centre + half))
+    return successes / n, wilson(successes, n)
 
 
 def paired_bootstrap(

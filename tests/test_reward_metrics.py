@@ -9,7 +9,6 @@ from reward.metrics import (
     expected_calibration_error,
     outcome,
     share,
-    wilson_interval,
 )
 
 
@@ -17,13 +16,6 @@ def test_a_tie_counts_half_and_nan_is_refused():
     assert [outcome(1, 0), outcome(0, 1), outcome(2, 2)] == [1.0, 0.0, 0.5]
     with pytest.raises(ValueError, match="not numbers"):
         outcome(float("nan"), 0.0)
-
-
-def test_wilson_interval_of_published_examples():
-    # 8 of 10: the textbook interval is 0.490 to 0.943; 0 of 10: 0 to 0.278
-    assert wilson_interval(8, 10) == pytest.approx((0.4902, 0.9433), abs=1e-4)
-    assert wilson_interval(0, 10) == pytest.approx((0.0, 0.2775), abs=1e-4)
-    assert wilson_interval(0, 0) == (0.0, 1.0)
 
 
 def test_groups_follow_the_given_order_and_leave_none_out():
