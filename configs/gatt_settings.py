@@ -49,6 +49,12 @@ class GattSettings(InstructionSettings):
     num_dialogues: int = field(default=1000, metadata={"help": "Multi-turn dialogues to sample, before any replay."})
     min_turns: int = field(default=2, metadata={"help": "Fewest user turns of a dialogue."})
     max_turns: int = field(default=8, metadata={"help": "Most user turns of a dialogue."})
+    plain_dialogue_share: float = field(
+        default=0.1,
+        metadata={
+            "help": "Share of those dialogues without any instruction, so that long plain ones stay as they are."
+        },
+    )
     max_candidates: int = field(
         default=4, metadata={"help": "Replies drawn for a turn at most: until one obeys, or all of them with a judge."}
     )
@@ -81,6 +87,11 @@ class GattSettings(InstructionSettings):
 
     def __post_init__(self) -> None:
         _check_shares(self, "short_share", "system_slot_share", "replay_plain_part", "max_reject_share")
+        if not 0.0 <= self.plain_dialogue_share < 1.0:
+            raise UserError(
+                f"plain_dialogue_share: {self.plain_dialogue_share} must be at least 0 and below 1: the rest carries"
+                " an instruction"
+            )
         _check_positive(self, "num_dialogues", "min_turns", "max_candidates", "chunk_size")
         for name in ("replay_single_turn_share", "replay_files_share"):
             if not 0.0 <= getattr(self, name) < 1.0:

@@ -9,8 +9,8 @@ Then `rlhf/sft.py --train_files runs/gatt-data/gatt.jsonl`. What differs from th
    loss on every reply stands for n last-turn samples (`gatt.transform`). `train_on: last` gives the paper's rows.
 2. While sampling the instruction has its full wording; half of the rows are trained with the shortened one.
 3. Replies that fail the kind's checker are drawn again; a dialogue in which that fails ends before that turn.
-4. Single turns of the same policy, obeying an instruction or plain, are mixed in, so that turn 1 and plain
-   helpfulness stay.
+4. Single turns of the same policy, obeying an instruction or plain, and a few long dialogues without any instruction
+   are mixed in, so that turn 1 and plain helpfulness stay.
 
 Every chunk is a shard that is written in one piece: a build that was killed goes on behind its last shard, with the
 rows that an undisturbed build gives.
@@ -209,7 +209,8 @@ One JSON object a line in `gatt.jsonl`:
 - `messages`: conversational, as TRL's SFTTrainer reads it (with `assistant_only_loss=True`);
 - `train_on`: `all` (loss on every reply) or `last` (on the last reply only; for TRL, split it off as `completion`);
 - `instruction`: kind, value, both wordings, the wording and slot used; null in plain rows;
-- `source`: `{GATT}`; `{INSTRUCTED}` and `{PLAIN}`, single turns of that policy; `{REPLAY}`, mixed in.
+- `source`: `{GATT}`; `{INSTRUCTED}`, single turns of that policy; `{PLAIN}`, its single turns and dialogues without an
+  instruction; `{REPLAY}`, mixed in.
 
 A trainer that shortens dialogues must not drop their first turn: it holds the instruction. No sampled row exceeds
 {settings["max_length"]} tokens in the chat format it was made with.

@@ -116,18 +116,20 @@ def draw_wording(settings: InstructionSettings, instruction: Instruction, rng: r
 def make_plans(settings: GattSettings, prompts: Sequence[dict[str, Any]], seed: int) -> list[tuple[Plan, str, str]]:
     """Every dialogue of the build as (plan, the wording to train with, source): a function of its arguments alone.
 
-    Multi-turn dialogues first, then the single turns, so that a chunk's dialogues are of like length. With s =
-    `replay_single_turn_share`, num_dialogues * s / (1 - s) single turns make the share s of all.
+    Multi-turn dialogues first, those without an instruction last among them, then the single turns, so that a chunk's
+    dialogues are of like length. With s = `replay_single_turn_share`, num_dialogues * s / (1 - s) single turns make
+    the share s of all.
     """
     rng = random.Random(f"gatt plans {seed}")
     share, n = settings.replay_single_turn_share, settings.num_dialogues
     singles = round(n * share / (1 - share))
-    plain = round(singles * settings.replay_plain_part)
-    sources = [GATT] * n + [INSTRUCTED] * (singles - plain) + [PLAIN] * plain
+    plain, plain_dialogues = round(singles * settings.replay_plain_part), round(n * settings.plain_dialogue_share)
+    sources = [GATT] * (n - plain_dialogues) + [PLAIN] * plain_dialogues
+    sources += [INSTRUCTED] * (singles - plain) + [PLAIN] * plain
     lengths = [rng.randint(settings.min_turns, settings.max_turns) for _ in range(n)] + [1] * singles
     turns = draw_user_turns(prompts, lengths, rng)
-    given = draw_instructions(settings, n + singles - plain, "train", rng)
-    instructions = [*given, *[None] * plain]
+    given = iter(draw_instructions(settings, n - plain_dialogues + singles - plain, "train", rng))
+    instructions = [None if source == PLAIN else next(given) for source in sources]
     plans = plan_dialogues(turns, instructions, [draw_slot(settings, rng) for _ in lengths])
     wordings = ["" if i is None else draw_wording(settings, i, rng) for i in instructions]
     return list(zip(plans, wordings, sources, strict=True))

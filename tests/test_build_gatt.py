@@ -103,14 +103,14 @@ def obedient(monkeypatch):
 
 def test_build(obedient, model_dir, prompt_file, tmp_path):
     summary = build(tmp_path / "out", model_dir, prompt_file)
-    # 12 dialogues are 60 % of the rows, so 8 single turns are the other 40 %, half of them plain
-    assert summary["rows_by_source"] == {"gatt": 12, "gatt_single_turn": 4, "gatt_plain": 4}
+    # 12 dialogues, a tenth of them plain, are 60 % of the rows, so 8 single turns are the other 40 %, half plain
+    assert summary["rows_by_source"] == {"gatt": 11, "gatt_single_turn": 4, "gatt_plain": 5}
     assert summary["rows"] == summary["planned"] == summary["finished"] == 20
     assert summary["chunks"] == 4
     assert (summary["prompts_used"], summary["prompts_with_instruction"], summary["prompts_multi_turn"]) == (40, 1, 1)
-    # In chunks of 5 dialogues, rows 0 and 3 (and 0 and 3, and 0) of the 12 fail their first draft of turn 2
+    # In chunks of 5 dialogues, rows 0 and 3 (and 0 and 3, and 0) of the 11 fail their first draft of turn 2
     assert summary["first_draft_obedience"]["1"] == 1.0
-    assert summary["first_draft_obedience"]["2"] == pytest.approx(7 / 12)
+    assert summary["first_draft_obedience"]["2"] == pytest.approx(6 / 11)
     assert summary["replies_sampled"] > summary["replies_kept"]
 
     rows = [json.loads(line) for line in (tmp_path / "out" / "gatt.jsonl").read_text().splitlines()]
@@ -120,7 +120,7 @@ def test_build(obedient, model_dir, prompt_file, tmp_path):
         assert row["train_on"] == "all"
         if row["source"] == "gatt_plain":
             assert row["instruction"] is None
-            assert len(row["messages"]) == 2
+            assert all(user in QUESTIONS for user in users)
             continue
         wording, slot = row["instruction"]["wording"], row["instruction"]["slot"]
         assert wording in (row["instruction"]["text"], row["instruction"]["short_text"])
@@ -133,7 +133,7 @@ def test_build(obedient, model_dir, prompt_file, tmp_path):
         assert instruction.value in values_of(instruction.kind, "train")
         assert all(obeys(instruction, m["content"]) for m in row["messages"] if m["role"] == "assistant")
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "| 2 | 0.583 |" in card
+    assert "| 2 | 0.545 |" in card
     assert str(model_dir) in card
     obedient.calls.clear()
     assert build(tmp_path / "out", model_dir, prompt_file)["rows"] == 20
@@ -309,12 +309,18 @@ def test_plans_depend_on_the_seed_alone():
     plans = make_plans(settings, prompts, 0)
     assert plans == make_plans(settings, prompts, 0) != make_plans(settings, prompts, 1)
     assert len(plans) == 400
-    dialogues = plans[:200]
+    assert [source for _, _, source in plans[180:]] == ["gatt_plain"] * 20 + ["gatt_single_turn"] * 100 + [
+        "gatt_plain"
+    ] * 100
+    for plan, wording, source in plans:
+        assert (plan.instruction is None) == (source == "gatt_plain") == (wording == "")
+    assert all(len(plan.user_turns) > 1 for plan, _, _ in plans[180:200])
+    dialogues = plans[:180]
     assert {len(plan.user_turns) for plan, _, _ in dialogues} == set(range(2, 9))
     assert {plan.instruction.kind for plan, _, _ in dialogues} == {"figure", "hobby"}
     short = sum(wording == plan.instruction.short_text for plan, wording, _ in dialogues)
-    assert 70 < short < 130  # half, within 4 standard errors of 200 draws
-    assert 70 < sum(plan.slot == "system" for plan, _, _ in dialogues) < 130
+    assert 63 < short < 117  # half, within 4 standard errors of 180 draws
+    assert 63 < sum(plan.slot == "system" for plan, _, _ in dialogues) < 117
 
 
 def test_too_few_prompts_and_zero_turns_are_refused():
