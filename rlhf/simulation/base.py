@@ -1,6 +1,6 @@
 """The embedded base model: a small Llama (RMSNorm, SwiGLU, RoPE, grouped-query attention) and tokenizer, from scratch.
 
-    python -m rlhf.simulation.base --output_dir rlhf/simulation/base_model --tokens 6000000 6000000
+    python -m rlhf.simulation.base --output_dir rlhf/simulation/base_model --tokens 6000000 9000000
 
 makes the folder that the repository carries, on one thread. Documents come from `rlhf.simulation.corpus`; nothing in
 them is in a chat format, so the base model does not know how to talk.
@@ -25,8 +25,8 @@ from rlhf.simulation.corpus import ALL_WORDS, documents
 from rlhf.simulation.families import FAMILIES
 from rlhf.simulation.people import ask, draw_request, good_answer
 
-LONGEST, BATCH_TOKENS = 1024, 2048
-TOKENS, PEAKS = (6_000_000, 6_000_000), (3e-3, 2e-3)
+LONGEST, BATCH_TOKENS = 1536, 2048
+TOKENS, PEAKS = (6_000_000, 9_000_000), (3e-3, 2e-3)
 BASE_MODEL = Path(__file__).parent / "base_model"
 # Named, so that which families people ask about can change without another tokenizer and so another base model.
 TOKENIZED = tuple(

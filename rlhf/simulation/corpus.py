@@ -146,7 +146,7 @@ def _interview(rng: random.Random) -> str:
     kind = KINDS[rng.choice(TAUGHT_KINDS)]
     instruction = kind.make(rng.choice(values_of(kind.name, "train")))
     lines = [rng.choice((instruction.text, instruction.short_text, f"A page of questions. {instruction.short_text}"))]
-    for _ in range(rng.choice((1, 1, 2, 3, 5, 8, 16))):
+    for _ in range(rng.choice((1, 1, 2, 3, 5, 8, 16, 32))):
         family = rng.choice(tuple(FAMILIES.values()))
         slots = family.draw(rng)
         answer = good_answer(rng, Request(family, slots), detail=rng.random() < 0.4)
