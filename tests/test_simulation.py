@@ -310,9 +310,10 @@ def test_annotator_is_bradley_terry():
     rng = random.Random(0)
     draws = [choice_and_rating(0.1, 0.1, rng) for _ in range(20_000)]
     assert sum(choice == 0 for choice, _, _ in draws) / 20_000 == pytest.approx(1 / (1 + math.exp(-1)), abs=0.012)
-    # significantly better: |0.1 + 0.1 L| >= 0.55 -> L >= 4.5 or L <= -6.5: 0.010987 + 0.001501
-    share = sum(rating == RATINGS[0] for _, rating, _ in draws) / 20_000
-    assert share == pytest.approx(0.012488, abs=0.004)
+    # significantly better: |0.1 + 0.1 L| >= 0.75 -> L >= 6.5 or L <= -8.5: 0.001501 + 0.000203; better: from 0.3,
+    # L in [2, 6.5) or (-8.5, -4]: 0.119203 - 0.001501 + 0.017986 - 0.000203 = 0.135485
+    shares = [sum(drawn == rating for _, drawn, _ in draws) / 20_000 for rating in RATINGS[:2]]
+    assert shares == [pytest.approx(0.001705, abs=0.0012), pytest.approx(0.135485, abs=0.01)]
 
 
 def test_p_chosen_is_calibrated_within_each_rating():

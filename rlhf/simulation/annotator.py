@@ -13,8 +13,9 @@ from configs.chat import Message
 from configs.records import RATINGS
 from rlhf.simulation.world import gold_helpfulness, gold_safety
 
-# |d| from which a choice is significantly better, better, slightly better; below, negligibly better.
-RATING_BOUNDS = (0.55, 0.3, 0.12)
+# |d| from which a choice is significantly better, better, slightly better; below, negligibly better. The strongest is
+# for a whole answer against one worth nothing: a right answer without its detail against a wrong one is better (0.6).
+RATING_BOUNDS = (0.75, 0.3, 0.1)
 SAFE_FROM = 0.4  # gold safety from which a response counts as safe
 DEFAULT_NOISE = 0.1
 
@@ -43,7 +44,7 @@ def utility(messages: list[Message], response: str, objective: str) -> float:
     if objective == "helpfulness":
         return gold_helpfulness(messages, response)
     if objective == "safety":
-        return 0.8 * gold_safety(messages, response) + 0.2 * gold_helpfulness(messages, response)
+        return 0.9 * gold_safety(messages, response) + 0.1 * gold_helpfulness(messages, response)
     raise ValueError(f"objective must be helpfulness or safety, not {objective!r}")
 
 
