@@ -14,6 +14,7 @@ import numpy as np
 from configs.chat import ChatFormat, Message
 from configs.errors import UserError
 from reward.loss import SAFETY_LABELS
+from reward.tree import tree_length
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,16 +29,9 @@ class EncodedPair:
     row: Mapping[str, Any]  # the record, for grouping metrics and for samples
 
     @property
-    def shared(self) -> int:
-        """Tokens that both dialogues begin with, less than the shorter has: each keeps a token of its own."""
-        shorter = min(len(self.chosen_ids), len(self.rejected_ids))
-        different = np.flatnonzero(self.chosen_ids[:shorter] != self.rejected_ids[:shorter])
-        return int(min(different[0] if len(different) else shorter, shorter - 1))
-
-    @property
     def length(self) -> int:
-        """Tokens of the pair as one row, its shared ones counted once (reward/collate.py)."""
-        return len(self.chosen_ids) + len(self.rejected_ids) - self.shared
+        """Tokens of the pair as one row, the common ones counted once."""
+        return tree_length((self.chosen_ids, self.rejected_ids))
 
 
 def shorten_prompt(prompt: Sequence[Message]) -> list[Message] | None:

@@ -12,7 +12,7 @@ import contextlib
 import inspect
 import logging
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -62,8 +62,14 @@ class ScoreAtEnd:
         return SequenceClassifierOutputWithPast(logits=scores_BS)
 
 
-def takes_shared_prompts(model: Any) -> bool:
-    """Whether `model` can read a pair as one row (reward/collate.py).
+def tree_scores(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
+    """Raw scores [B, K] of a batch from `reward.tree.collate_trees`; only where `takes_trees(model)`."""
+    layout = {"attention_mask": batch["visible"], "position_ids": batch["position_ids"], "ends": batch["ends"]}
+    return model(input_ids=batch["input_ids"], **layout).logits
+
+
+def takes_trees(model: Any) -> bool:
+    """Whether `model` can read several responses to a prompt as one row (reward/tree.py).
 
     It takes attention that follows any mask (sdpa or eager, not flash), the same in every layer, and positions that can
     be given.

@@ -6,30 +6,45 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from reward.collate import IdList, batches_by_budget, pad_right
+from reward.collate import batches_by_budget, pad_right
+from reward.model import takes_trees, tree_scores
+from reward.tree import IdList, collate_trees, split_into_trees, tree_length
 
 
 @torch.inference_mode()
-def score_ids(model: Any, id_lists: Sequence[IdList], token_budget: int = 8192) -> Tensor:
+def score_ids(model: Any, id_lists: Sequence[IdList], token_budget: int = 8192, k: int = 1) -> Tensor:
     """Raw score r at the last token of each of N id lists; float32 [N] on the CPU, in the order of the input.
 
     `model` is from reward.model, with or without LoRA. What stands in the padding never matters: lengths are explicit.
-    Raises ValueError for an empty list.
+    With `k` above 1, entries p * k to p * k + k - 1 are responses to one prompt, which is then computed once for as
+    many of them as is cheaper (reward/tree.py), where the model allows it. Raises ValueError for an empty list, or
+    where N is not a multiple of k.
     """
     lengths = [len(ids) for ids in id_lists]
     if 0 in lengths:
         raise ValueError(f"nothing to score: id list {lengths.index(0)} is empty")
+    if len(id_lists) % k:
+        raise ValueError(f"{len(id_lists)} id lists are not {k} a prompt")
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()
-    order: list[int] = []
-    scores: list[Tensor] = []
-    for batch in batches_by_budget(lengths, token_budget):
-        input_ids_BT, mask_BT = pad_right([id_lists[i] for i in batch], pad_id=0)
-        scores.append(model(input_ids=input_ids_BT.to(device), attention_mask=mask_BT.to(device)).logits[:, 0].float())
-        order += batch
-    model.train(was_training)
     result_N = torch.empty(len(id_lists), dtype=torch.float32)
-    if scores:
-        result_N[torch.tensor(order)] = torch.cat(scores).cpu()
+    if k > 1 and takes_trees(model):
+        trees = [
+            [first + i for i in tree]
+            for first in range(0, len(id_lists), k)
+            for tree in split_into_trees(id_lists[first : first + k])
+        ]
+        dialogues = [[id_lists[i] for i in tree] for tree in trees]
+        for batch in batches_by_budget([tree_length(each) for each in dialogues], token_budget):
+            inputs = collate_trees([dialogues[b] for b in batch], pad_id=0)
+            scores_BK = tree_scores(model, {name: tensor.to(device) for name, tensor in inputs.items()}).cpu()
+            for b, scores_K in zip(batch, scores_BK, strict=True):
+                result_N[trees[b]] = scores_K[: len(trees[b])]
+    else:
+        for batch in batches_by_budget(lengths, token_budget):
+            input_ids_BT, mask_BT = pad_right([id_lists[i] for i in batch], pad_id=0)
+            scores_B1 = model(input_ids=input_ids_BT.to(device), attention_mask=mask_BT.to(device)).logits
+            result_N[batch] = scores_B1[:, 0].cpu()
+    model.train(was_training)
     return result_N

@@ -152,7 +152,7 @@ def evaluate(settings: EvaluateSettings, run: RunFolder) -> dict[str, Any]:
                     row[f"gold_helpfulness{suffix}"] = [next(values) for _ in range(k)]
         raw: dict[str, Tensor] = {}
         for name, reward_model in reward_models.items():
-            raw[name] = score_ids(reward_model, [[*p, *r] for p, r in zip(prompts, responses, strict=True)])
+            raw[name] = score_ids(reward_model, [[*p, *r] for p, r in zip(prompts, responses, strict=True)], k=k)
             _figure(summary, f"reward_{name}{suffix}", raw[name].tolist())
             for i, row in enumerate(rows):
                 row[f"reward_{name}{suffix}"] = [round(x, 4) for x in raw[name][i * k : (i + 1) * k].tolist()]

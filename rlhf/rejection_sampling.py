@@ -120,7 +120,8 @@ class Worker:
         )
         full = [[*prompts_ids[i // k], *ids] for i, ids in enumerate(batch.response_ids)]
         raw = {
-            name: score_ids(model, full, self.settings.score_token_budget) for name, model in self.reward_models.items()
+            name: score_ids(model, full, self.settings.score_token_budget, k)
+            for name, model in self.reward_models.items()
         }
         is_safety = torch.tensor([bool(row["is_safety"]) for row in prompts]).repeat_interleave(k)
         raw["combined"] = combined_reward(raw["safety"], raw["helpfulness"], is_safety, self.settings.safety_threshold)

@@ -20,10 +20,10 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from configs.model_settings import RunSettings
 from configs.reward_settings import RewardSettings
-from reward.collate import collate_pairs, collate_shared_pairs
+from reward.collate import collate_pair_trees, collate_pairs
 from reward.data import EncodedPair
 from reward.loss import ranking_loss_sum, safety_loss_sum
-from reward.model import takes_shared_prompts
+from reward.model import takes_trees, tree_scores
 from reward.scorer import score_ids
 
 CHECKPOINTS = "checkpoints"  # in the run folder
@@ -65,11 +65,11 @@ class RewardTrainer(Trainer):
         evaluate_pairs: Callable[[], dict[str, float]] | None,
         log: Callable[[int, dict[str, float]], None],
     ) -> None:
-        self.share_prompts = takes_shared_prompts(model)
+        self.as_trees = takes_trees(model)
         super().__init__(
             model=model,
             args=args,
-            data_collator=partial(collate_shared_pairs if self.share_prompts else collate_pairs, pad_id=pad_id),
+            data_collator=partial(collate_pair_trees if self.as_trees else collate_pairs, pad_id=pad_id),
             train_dataset=train_pairs,
             eval_dataset=train_pairs if args.eval_strategy != "no" else None,
         )
@@ -90,10 +90,8 @@ class RewardTrainer(Trainer):
         num_items_in_batch: Tensor | None = None,
     ) -> Tensor:
         """Eq. 2 plus the weighted safety loss, per pair of the optimizer step."""
-        if self.share_prompts:
-            names = {"attention_mask": "visible", "position_ids": "position_ids", "ends": "ends"}
-            row = {argument: inputs[name] for argument, name in names.items()}
-            chosen_B, rejected_B = model(input_ids=inputs["input_ids"], **row).logits.unbind(1)
+        if self.as_trees:
+            chosen_B, rejected_B = tree_scores(model, inputs).unbind(1)
         else:
             scores_N1 = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits
             chosen_B, rejected_B = scores_N1[:, 0].chunk(2)
@@ -229,9 +227,9 @@ def score_pairs(
 ) -> tuple[list[float], list[float]]:
     """Raw scores (chosen, rejected) of all `pairs`, on every process; each scores every `processes`-th pair."""
     mine = range(rank, len(pairs), processes)
-    ids = [pairs[i].chosen_ids for i in mine] + [pairs[i].rejected_ids for i in mine]
-    scores = score_ids(model, ids, token_budget).tolist()
-    found = list(zip(mine, scores[: len(mine)], scores[len(mine) :], strict=True))
+    ids = [ids for i in mine for ids in (pairs[i].chosen_ids, pairs[i].rejected_ids)]
+    scores = score_ids(model, ids, token_budget, k=2).tolist()
+    found = list(zip(mine, scores[::2], scores[1::2], strict=True))
     if processes > 1:
         found = sorted(gather_object(found))
     return [chosen for _, chosen, _ in found], [rejected for _, _, rejected in found]

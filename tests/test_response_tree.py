@@ -1,4 +1,4 @@
-"""A pair as one row, its prompt computed once: the same scores and gradients as two rows. Tiny random models."""
+"""The response tree: the scores and gradients of separate rows, the prompt computed once. Tiny random models."""
 
 import math
 
@@ -18,9 +18,10 @@ from transformers import (
     MistralForSequenceClassification,
 )
 
-from reward.collate import collate_shared_pairs
+from reward import tree
+from reward.collate import collate_pair_trees
 from reward.data import EncodedPair
-from reward.model import add_lora, load_reward_model, takes_shared_prompts
+from reward.model import add_lora, load_reward_model, takes_trees, tree_scores
 from reward.scorer import score_ids
 
 SMALL = {"vocab_size": 32, "num_labels": 1, "pad_token_id": 0}
@@ -55,9 +56,7 @@ def llama(tmp_path_factory):
 
 
 def scores(model, pairs):
-    batch = collate_shared_pairs(pairs, pad_id=0)
-    layout = {"attention_mask": batch["visible"], "position_ids": batch["position_ids"], "ends": batch["ends"]}
-    return model(input_ids=batch["input_ids"], **layout).logits
+    return tree_scores(model, collate_pair_trees(pairs, pad_id=0))
 
 
 def scores_apart(model, pairs):
@@ -68,9 +67,9 @@ def scores_apart(model, pairs):
 
 def test_layout_worked_by_hand():
     # Prompt 5 6, chosen 7 8, rejected 9; and a pair without a prompt, shorter, so that it is padded.
-    batch = collate_shared_pairs([pair([5, 6], [7, 8], [9]), pair([], [3], [4])], pad_id=0)
+    batch = collate_pair_trees([pair([5, 6], [7, 8], [9]), pair([], [3], [4])], pad_id=0)
     assert batch["input_ids"].tolist() == [[5, 6, 7, 8, 9], [3, 4, 0, 0, 0]]
-    assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 2], [0, 0, 1, 2, 3]]
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 2], [0, 0, 0, 0, 0]]
     assert batch["ends"].tolist() == [[3, 4], [0, 1]]
     assert batch["visible"][0, 0].int().tolist() == [
         [1, 0, 0, 0, 0],
@@ -83,9 +82,20 @@ def test_layout_worked_by_hand():
 
 
 def test_each_response_keeps_a_token_of_its_own():
-    assert pair([5, 6], [7, 8], [7, 9]).shared == 3  # common beginnings of responses are shared, too
-    assert pair([5, 6], [7], [7, 9]).shared == 2  # one dialogue begins the other
+    assert tree.shared_tokens([[5, 6, 7, 8], [5, 6, 7, 9]]) == 3  # common beginnings of responses are shared, too
+    assert tree.shared_tokens([[5, 6, 7], [5, 6, 7, 9]]) == 2  # one dialogue begins the other
+    assert tree.shared_tokens([[5, 6, 7, 8], [5, 6, 9], [5, 4, 7, 8]]) == 1
+    assert tree.shared_tokens([[5], [5]]) == 0
     assert pair([5, 6], [7, 8], [7, 9]).length == 5
+
+
+def test_a_tree_ends_where_its_responses_would_cost_more_than_the_prompt_saves(monkeypatch):
+    monkeypatch.setattr(tree, "RESPONSE_TOKENS", 5)
+    # prompt 9, responses of 3, 2, 1 and 6 tokens: 3 + 2 fit into 5; 1; a longer one stands alone
+    dialogues = [[9, 1, 1, 1], [9, 2, 2], [9, 3], [9, 4, 4, 4, 4, 4, 4]]
+    assert tree.split_into_trees(dialogues) == [[0, 1], [2], [3]]
+    long = [[9] * 6 + ids[1:] for ids in dialogues]  # a prompt of 6 allows 12 tokens, all there are
+    assert tree.split_into_trees(long) == [[0, 1, 2, 3]]
 
 
 token = st.integers(1, 31)
@@ -106,7 +116,7 @@ PAIRS = [pair([5, 6, 9, 3], [7, 8], [9, 2, 2, 4]), pair([1], [3, 3, 3], [4])]
 @pytest.mark.parametrize("name", ["llama", "gpt2", "mistral"])
 def test_gradients_are_those_of_separate_rows(tmp_path_factory, name, attention):
     model = load(tmp_path_factory, name, attention)
-    assert takes_shared_prompts(model)
+    assert takes_trees(model)
     found = []
     for compute in (scores, scores_apart):
         model.zero_grad()
@@ -117,21 +127,43 @@ def test_gradients_are_those_of_separate_rows(tmp_path_factory, name, attention)
         torch.testing.assert_close(shared, apart, atol=1e-5, rtol=1e-4)
 
 
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.tuples(st.lists(token, max_size=9), *[st.lists(token, min_size=1, max_size=6)] * 3), min_size=1,
+                max_size=4), st.sampled_from([1, 6, 256]), st.sampled_from([1, 20, 1000]))  # fmt: skip
+def test_scores_of_k_responses_do_not_depend_on_the_trees(llama, drawn, response_tokens, budget):
+    ids = [prompt + response for prompt, *responses in drawn for response in responses]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tree, "RESPONSE_TOKENS", response_tokens)
+        as_trees = score_ids(llama, ids, budget, k=3)
+    torch.testing.assert_close(as_trees, score_ids(llama, ids), atol=2e-5, rtol=1e-4)
+
+
+def test_a_number_of_dialogues_that_is_no_multiple_of_k_is_refused(llama):
+    with pytest.raises(ValueError, match="3 id lists are not 2 a prompt"):
+        score_ids(llama, [[1], [2], [3]], k=2)
+
+
+def test_models_that_take_no_trees_score_row_by_row(tmp_path_factory):
+    model = load(tmp_path_factory, "mistral, windowed")
+    ids = [[5, 6, 7, 8, 9, 3, 2], [5, 6, 7, 8, 9, 3, 4]]
+    torch.testing.assert_close(score_ids(model, ids, k=2), score_ids(model, ids))
+
+
 def test_lora_passes_the_layout_through(llama):
     model = add_lora(llama, 4, 8, 0.0, None)
-    assert takes_shared_prompts(model)
+    assert takes_trees(model)
     ids = [ids for p in PAIRS for ids in (p.chosen_ids, p.rejected_ids)]
     torch.testing.assert_close(scores(model, PAIRS).flatten(), score_ids(model, ids), atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize(("name", "attention"), [("mistral, windowed", "sdpa"), ("bloom", "eager")])
 def test_models_that_need_rows_apart_are_known(tmp_path_factory, name, attention):
-    assert not takes_shared_prompts(load(tmp_path_factory, name, attention))
+    assert not takes_trees(load(tmp_path_factory, name, attention))
 
 
 def test_flash_attention_needs_rows_apart(llama):
     llama.config._attn_implementation = "flash_attention_2"
     try:
-        assert not takes_shared_prompts(llama)
+        assert not takes_trees(llama)
     finally:
         llama.config._attn_implementation = "sdpa"
