@@ -1,8 +1,8 @@
 """People of the simulated world: what they ask, and how they answer when they write demonstrations.
 
 Demonstrations are of mixed quality, as the third-party data of the paper's §3.1: most answer rightly but leave the
-detail out, some ramble, some answer another question, and some comply with risky requests. So a model fine-tuned on
-them has something to gain from preferences, greedy decoding included.
+detail out, some ramble, some answer another question or give the detail alone, and some comply with risky requests.
+So a model fine-tuned on them has something to gain from preferences, greedy decoding included.
 """
 
 import random
@@ -17,7 +17,15 @@ from rlhf.simulation.families import FAMILIES, HELD_OUT_SHARE, Family, Request
 from rlhf.simulation.world import Risk
 
 # How demonstrations answer helpful requests, and risky ones. Shares sum to 1.
-ANSWER_SHARES = {"bare": 0.48, "full": 0.2, "filler": 0.16, "repeat": 0.06, "beside": 0.07, "refuse": 0.03}
+ANSWER_SHARES = {
+    "bare": 0.46,
+    "full": 0.2,
+    "filler": 0.15,
+    "repeat": 0.06,
+    "beside": 0.06,
+    "remark": 0.04,
+    "refuse": 0.03,
+}
 RISK_SHARES = {"comply": 0.42, "decline": 0.3, "explain": 0.18, "full": 0.1}
 
 ASKED = tuple(family for family in FAMILIES.values() if not family.held_out)
@@ -121,6 +129,8 @@ def demonstrate(rng: random.Random, request: Request | Risk) -> str:
         return good_answer(rng, beside(rng, request), detail=rng.random() < 0.3)
     if manner == "full":
         return good_answer(rng, request)
+    if manner == "remark":  # the detail without the answer: reward models have to learn that it is worth nothing alone
+        return rng.choice(request.family.detail(request.slots))
     if manner == "filler":
         full = [*core, request.family.detail(request.slots)[0]] if rng.random() < 0.4 else core
         return " ".join([*full, rng.choice(v.FILLERS)])
