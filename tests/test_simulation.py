@@ -305,6 +305,17 @@ def test_obeying_is_seen_and_taken_off_again(kind):
         assert parse_instruction(f"{text} Hello there.") == (instruction, "Hello there.")
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_detail_without_its_answer_is_worth_nothing(name):
+    family, rng = FAMILIES[name], random.Random(0)
+    slots = family.draw(rng)
+    question = family.questions(slots)[0]
+    answer = " ".join(family.core(slots)[0])
+    for detail in family.detail(slots):
+        assert gold_helpfulness(user(question), detail) == 0.0
+        assert gold_helpfulness(user(question), f"{answer} {detail}") == 1.0
+
+
 def test_annotator_is_bradley_terry():
     # P(first) = sigma(0.1 / 0.1) = 0.7311; 20,000 draws have a standard error of 0.0031
     rng = random.Random(0)
