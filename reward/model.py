@@ -1,11 +1,12 @@
 """The reward model: a language model whose next-token head gives way to one scalar (Llama 2 paper §3.2.2).
 
 On disk it is a plain `AutoModelForSequenceClassification` folder with `num_labels=1`. In memory the class is a
-subclass that differs from the plain one in two points, neither of which shows in the folder:
+subclass that differs from the plain one in three points, none of which shows in the folder:
 
 1. The score is read at the last position of the attention mask. The plain class looks for the rightmost token that is
    not padding, and reads one token early where a dialogue ends in a token that also serves as padding.
 2. The head stays float32 when the rest is bfloat16, whose 8 bits would round away differences between good responses.
+3. It can score several positions of a row, under a mask of its own: the response tree (reward/tree.py).
 """
 
 import contextlib
