@@ -54,12 +54,9 @@ def collate_pair_trees(pairs: Sequence[EncodedPair], pad_id: int) -> dict[str, T
 
 
 def _targets(pairs: Sequence[EncodedPair]) -> dict[str, Tensor]:
-    """margin, chosen_safe, rejected_safe [B] float32; labels [B] ones, which is how the Hugging Face Trainer counts the
-    pairs of an optimizer step.
-    """
+    """margin, chosen_safe, rejected_safe [B] float32."""
     return {
         "margin": torch.tensor([pair.margin for pair in pairs], dtype=torch.float32),
         "chosen_safe": torch.tensor([pair.chosen_safe for pair in pairs], dtype=torch.float32),
         "rejected_safe": torch.tensor([pair.rejected_safe for pair in pairs], dtype=torch.float32),
-        "labels": torch.ones(len(pairs), dtype=torch.long),
     }

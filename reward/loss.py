@@ -72,3 +72,14 @@ def safety_loss_sum(r_chosen_P: Tensor, r_rejected_P: Tensor, chosen_safe_P: Ten
     labelled_2P = ~safe_2P.isnan()
     losses_2P = F.binary_cross_entropy_with_logits(r_2P, safe_2P.nan_to_num(0.0), reduction="none")
     return losses_2P.masked_fill(~labelled_2P, 0.0).sum() / 2
+
+
+def centring_loss_sum(r_chosen_P: Tensor, r_rejected_P: Tensor) -> Tensor:
+    """(r_c + r_r)^2 summed over the pairs: pulls the mean score to 0, which ranking alone leaves open.
+
+    Eisenstein et al. 2023, "Helping or Herding?"; trl's `center_rewards_coefficient`. The Llama 2 paper has no such
+    term. Returns a scalar.
+    """
+    if r_chosen_P.shape != r_rejected_P.shape or r_chosen_P.dim() != 1:
+        raise ValueError(f"one dimension, equal lengths: {r_chosen_P.shape}, {r_rejected_P.shape}")
+    return (r_chosen_P + r_rejected_P).square().sum()

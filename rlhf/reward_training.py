@@ -1,59 +1,44 @@
 """The reward models' training loop: the Hugging Face Trainer with the ranking loss in place of its own.
 
-Losses are sums over pairs, divided by the pairs of the whole optimizer step. The Trainer counts those before the first
-backward of a step, over all micro-batches and processes (`num_items_in_batch`, the number of `labels`), so that 1 x 8
-pairs, 4 x 2 accumulated and 2 processes x 4 give the same step.
+One batch of the data loader is one optimizer step (rlhf/reward_batches.py), computed as micro-batches of a token
+budget. Losses are sums over pairs, divided by the pairs of the whole step over all processes, so that neither the
+micro-batches nor the number of processes changes a step.
 """
 
+import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor
-from torch.utils.data import Sampler
+from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_pt_utils import get_length_grouped_indices
 
+from configs.errors import UserError
 from configs.model_settings import RunSettings
+from configs.records import write_jsonl
 from configs.reward_settings import RewardSettings
-from reward.collate import collate_pair_trees, collate_pairs
 from reward.data import EncodedPair
-from reward.loss import ranking_loss_sum, safety_loss_sum
+from reward.loss import centring_loss_sum, ranking_loss_sum, safety_loss_sum
 from reward.model import takes_trees, tree_scores
 from reward.scorer import score_ids
+from rlhf.hardware import token_budget
+from rlhf.reward_batches import Step, StepCollator, StepSampler
 
 CHECKPOINTS = "checkpoints"  # in the run folder
-
-
-class LengthGroupedSampler(Sampler[int]):
-    """Pairs of similar length side by side, shuffled anew each epoch.
-
-    Unlike the Trainer's sampler it draws from a generator of its own, seeded by seed and epoch, so that a run resumed
-    in the
-    middle of an epoch sees the order of the undisturbed run.
-    """
-
-    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int) -> None:
-        self.lengths, self.batch_size, self.seed, self.epoch = list(lengths), batch_size, seed, 0
-
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    def set_epoch(self, epoch: int) -> None:
-        """Called by accelerate's data loader at the start of each epoch."""
-        self.epoch = epoch
-
-    def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(self.seed * 100_003 + self.epoch)
-        return iter(get_length_grouped_indices(self.lengths, self.batch_size, generator=generator))
+NOT_FINITE = "not-finite.jsonl"  # in the run folder: the pairs whose loss was not a number
+SHOWN_PAIRS = 3
 
 
 class RewardTrainer(Trainer):
-    """Trains on `EncodedPair`s; `evaluate_pairs` scores the test pairs whenever an evaluation is due."""
+    """Trains on `EncodedPair`s; `evaluate_pairs` scores the test pairs whenever an evaluation is due.
+
+    Raises UserError, before the weights are touched, at a step whose loss is not a number; its pairs are named.
+    """
 
     def __init__(
         self,
@@ -66,63 +51,113 @@ class RewardTrainer(Trainer):
         log: Callable[[int, dict[str, float]], None],
     ) -> None:
         self.as_trees = takes_trees(model)
+        budget = token_budget(settings.token_budget, args.device)
         super().__init__(
             model=model,
             args=args,
-            data_collator=partial(collate_pair_trees if self.as_trees else collate_pairs, pad_id=pad_id),
-            train_dataset=train_pairs,
+            data_collator=StepCollator(pad_id, budget, self.as_trees, args.process_index, args.world_size),
+            train_dataset=list(enumerate(train_pairs)),
             eval_dataset=train_pairs if args.eval_strategy != "no" else None,
         )
         self.settings = settings
         self.evaluate_pairs = evaluate_pairs
-        # compute_loss divides by num_items_in_batch itself: the Trainer must count the pairs and not divide again.
-        self.model_accepts_loss_kwargs = True
         self._sums: Tensor | None = None
         for default in (ProgressCallback, PrinterCallback):
             self.remove_callback(default)
         self.add_callback(_Progress(log))
 
-    def compute_loss(
-        self,
-        model: torch.nn.Module,
-        inputs: dict[str, Tensor],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | None = None,
-    ) -> Tensor:
-        """Eq. 2 plus the weighted safety loss, per pair of the optimizer step."""
+    def get_train_dataloader(self) -> DataLoader:
+        """Whole steps, not sharded by accelerate: it would fill up the last step of several processes with repeats."""
+        lengths = [pair.length for _, pair in self.train_dataset]
+        pairs = self.settings.per_device_train_batch_size * self.settings.gradient_accumulation_steps
+        sampler = StepSampler(
+            lengths, pairs * self.args.world_size, self.settings.train_sampling_strategy, self.args.seed
+        )
+        return DataLoader(self.train_dataset, batch_sampler=sampler, collate_fn=self.data_collator)
+
+    def training_step(self, model: torch.nn.Module, inputs: Step, num_items_in_batch: Any = None) -> Tensor:
+        """Forward and backward over the micro-batches of a step; the loss per pair, gradients added up."""
+        model.train()
+        step = self._prepare_inputs(inputs)
+        total = torch.zeros((), device=self.args.device)
+        for i, batch in enumerate(step["micro_batches"], start=1):
+            last = i == len(step["micro_batches"])
+            # Over several processes, gradients are exchanged once a step.
+            with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
+                with self.compute_loss_context_manager():
+                    # DDP averages gradients over the processes; each holds the sum of its share, so undo that average.
+                    scale = batch["weight"] * self.args.world_size / step["pairs"]
+                    loss = self._loss_sum(model, batch) * scale
+                self.accelerator.backward(loss)
+            total += loss.detach()
+        if not torch.isfinite(total):
+            self._refuse(model, step)
+        return total
+
+    def _scores(self, model: torch.nn.Module, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """Raw scores of the chosen and of the rejected responses, each [B]."""
         if self.as_trees:
-            chosen_B, rejected_B = tree_scores(model, inputs).unbind(1)
+            chosen_B, rejected_B = tree_scores(model, batch).unbind(1)
         else:
-            scores_N1 = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits
+            scores_N1 = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
             chosen_B, rejected_B = scores_N1[:, 0].chunk(2)
-        ranking = ranking_loss_sum(chosen_B, rejected_B, inputs["margin"])
-        loss, safety = ranking, torch.zeros_like(ranking)
-        if self.settings.safety_weight:
-            safety = safety_loss_sum(chosen_B, rejected_B, inputs["chosen_safe"], inputs["rejected_safe"])
-            loss = loss + self.settings.safety_weight * safety
+        return chosen_B, rejected_B
+
+    def _loss_sum(self, model: torch.nn.Module, batch: dict[str, Any]) -> Tensor:
+        """Eq. 2 plus the weighted safety and centring losses, summed over the pairs of a micro-batch."""
+        chosen_B, rejected_B = self._scores(model, batch)
+        loss, ranking, safety = self._losses(chosen_B, rejected_B, batch)
         with torch.no_grad():  # sums on the device; read once per log, not once per step
             right = (chosen_B > rejected_B).sum() + 0.5 * (chosen_B == rejected_B).sum()
             count = torch.full_like(ranking, len(chosen_B))
-            sums = torch.stack(
-                [count, right, ranking, safety, (chosen_B - rejected_B).sum(), (chosen_B + rejected_B).sum() / 2]
-            )
+            gap, mean = (chosen_B - rejected_B).sum(), (chosen_B + rejected_B).sum() / 2
+            sums = torch.stack([count, right, ranking, safety, gap, mean]) * batch["weight"]
             self._sums = sums if self._sums is None else self._sums + sums
-        pairs = len(chosen_B) if num_items_in_batch is None else num_items_in_batch
-        # DDP averages gradients over the processes; each holds its sum over the pairs of all, so undo that average.
-        return loss / pairs * self.accelerator.num_processes
+        return loss
+
+    def _losses(self, chosen_B: Tensor, rejected_B: Tensor, batch: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+        """(whole loss, ranking loss, safety loss), each summed over the pairs."""
+        ranking = ranking_loss_sum(chosen_B, rejected_B, batch["margin"])
+        loss, safety = ranking, torch.zeros_like(ranking)
+        if self.settings.safety_weight:
+            safety = safety_loss_sum(chosen_B, rejected_B, batch["chosen_safe"], batch["rejected_safe"])
+            loss = loss + self.settings.safety_weight * safety
+        if self.settings.center_rewards_coefficient:
+            loss = loss + self.settings.center_rewards_coefficient * centring_loss_sum(chosen_B, rejected_B)
+        return loss, ranking, safety
+
+    @torch.no_grad()
+    def _refuse(self, model: torch.nn.Module, step: Step) -> None:
+        """Raise UserError that names the pairs of `step` whose own loss is not finite; they go to NOT_FINITE too."""
+        found = []
+        inner = self.accelerator.unwrap_model(model)
+        for batch in step["micro_batches"]:
+            with self.compute_loss_context_manager():
+                chosen_B, rejected_B = self._scores(inner, batch)
+            for b, index in enumerate(batch["rows"].tolist()):
+                one = {name: batch[name][b : b + 1] for name in ("margin", "chosen_safe", "rejected_safe")}
+                loss, _, _ = self._losses(chosen_B[b : b + 1], rejected_B[b : b + 1], one)
+                if not torch.isfinite(loss):
+                    row = self.train_dataset[index][1].row
+                    scores = {"r_chosen": str(chosen_B[b].item()), "r_rejected": str(rejected_B[b].item())}
+                    found.append({"pair": index, "loss": str(loss.item()), **scores, "row": dict(row)})
+        folder = Path(self.args.output_dir).parent
+        write_jsonl(folder / NOT_FINITE, found)
+        shown = ", ".join(f"{each['pair']} ({each['row'].get('source')})" for each in found[:SHOWN_PAIRS])
+        more = f" and {len(found) - SHOWN_PAIRS} more" if len(found) > SHOWN_PAIRS else ""
+        raise UserError(
+            f"the loss of step {self.state.global_step + 1} is not a number, because of training pairs {shown}{more} "
+            f"(counted from 0 in the order of mixing; all are in {folder / NOT_FINITE}). The weights are as the step "
+            "before left them. Look at these pairs, lower learning_rate or set bf16: false"
+        )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the means over the pairs since the last log; stop on a loss that is not a number."""
-        if "loss" in logs:
-            if not math.isfinite(logs["loss"]):
-                raise FloatingPointError(
-                    f"the loss is {logs['loss']} at step {self.state.global_step}: lower learning_rate or drop bf16"
-                )
-            if self._sums is not None:
-                sums = self.accelerator.reduce(self._sums, reduction="sum").tolist()
-                names = ("accuracy", "ranking_loss", "safety_loss", "score_gap", "score_mean")
-                logs.update({name: value / sums[0] for name, value in zip(names, sums[1:], strict=True)})
-                self._sums = None
+        """Add the means over the pairs since the last log."""
+        if "loss" in logs and self._sums is not None:
+            sums = self.accelerator.reduce(self._sums, reduction="sum").tolist()
+            names = ("accuracy", "ranking_loss", "safety_loss", "score_gap", "score_mean")
+            logs.update({name: value / sums[0] for name, value in zip(names, sums[1:], strict=True)})
+            self._sums = None
         super().log(logs, start_time)
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
@@ -136,13 +171,6 @@ class RewardTrainer(Trainer):
         share = math.ceil(self.settings.warmup_ratio * num_training_steps)
         self.args.warmup_steps = max(share, self.settings.min_warmup_steps)
         return super().create_scheduler(num_training_steps, optimizer)
-
-    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        if self.args.train_sampling_strategy != "group_by_length":
-            return super()._get_train_sampler(train_dataset)
-        lengths = [pair.length for pair in self.train_dataset]
-        step = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-        return LengthGroupedSampler(lengths, step, self.args.seed)
 
     def floating_point_ops(self, inputs: Any) -> int:
         """Not counted: the Trainer would walk over all parameters every step."""
@@ -202,9 +230,8 @@ def training_arguments(run: RunSettings, settings: RewardSettings) -> TrainingAr
         max_grad_norm=settings.max_grad_norm,
         num_train_epochs=settings.num_train_epochs,
         max_steps=settings.max_steps,
-        per_device_train_batch_size=settings.per_device_train_batch_size,
-        gradient_accumulation_steps=settings.gradient_accumulation_steps,
-        train_sampling_strategy=settings.train_sampling_strategy,
+        # A batch of the data loader is a whole step; what follows is only what the Trainer counts examples by.
+        per_device_train_batch_size=settings.per_device_train_batch_size * settings.gradient_accumulation_steps,
         bf16=settings.bf16,
         gradient_checkpointing=settings.gradient_checkpointing or None,
         eval_strategy="steps" if settings.eval_steps else "no",
@@ -213,9 +240,6 @@ def training_arguments(run: RunSettings, settings: RewardSettings) -> TrainingAr
         save_steps=settings.save_steps or 500,
         save_total_limit=settings.save_total_limit,
         remove_unused_columns=False,
-        label_names=["labels"],
-        dataloader_pin_memory=not run.use_cpu,
-        average_tokens_across_devices=True,
         ddp_find_unused_parameters=False,
     )
     arguments._n_gpu = min(arguments.n_gpu, 1)  # one process drives one GPU; several: accelerate launch --num_processes

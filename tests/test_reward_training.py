@@ -13,13 +13,15 @@ import torch
 from transformers import LlamaConfig, LlamaForSequenceClassification
 from transformers.trainer_utils import get_last_checkpoint
 
+from configs.errors import UserError
 from configs.model_settings import RunSettings
 from configs.reward_settings import RewardSettings
 from reward.data import EncodedPair
 from reward.loss import ranking_loss_sum, safety_loss_sum
 from reward.model import load_reward_model
 from reward.scorer import score_ids
-from rlhf.reward_training import LengthGroupedSampler, RewardTrainer, score_pairs, training_arguments
+from rlhf.reward_batches import StepCollator, StepSampler
+from rlhf.reward_training import RewardTrainer, score_pairs, training_arguments
 
 
 @pytest.fixture(scope="module")
@@ -61,23 +63,25 @@ def weights(model):
     return torch.cat([weight.detach().flatten() for weight in model.parameters()])
 
 
-def test_one_batch_of_eight_equals_four_accumulated_batches_of_two(folder, tmp_path):
-    # 11 pairs: the second step holds 3, as 2 + 1. Means per micro-batch would weigh the last pair double. Gradient
-    # norms are compared too, as Adam hides a constant factor.
-    def run(batch, accumulation):
+def test_how_a_step_is_cut_up_does_not_change_it(folder, tmp_path):
+    # 11 pairs: the second step holds 3. Means per micro-batch would weigh the pairs of a small one more. Gradient norms
+    # are compared too, as Adam hides a constant factor.
+    def run(batch, accumulation, token_budget):
         logs = []
         options = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulation}
-        trainer = train(folder, tmp_path, make_pairs(11), logs, objective="safety", **options)
+        options |= {"token_budget": token_budget, "objective": "safety", "center_rewards_coefficient": 0.1}
+        trainer = train(folder, tmp_path, make_pairs(11), logs, **options)
         return weights(trainer.model), [values["optim/grad_norm"] for _, values in logs if "optim/grad_norm" in values]
 
-    whole, whole_norms = run(8, 1)
-    parts, parts_norms = run(2, 4)
-    other, _ = run(3, 3)  # steps of 9 and 2 pairs
+    whole, whole_norms = run(8, 1, 10_000)
     start = weights(load_reward_model(folder))
     assert (whole - start).abs().max() > 1e-3  # it did train
     assert len(whole_norms) == 2
-    assert parts_norms == pytest.approx(whole_norms, rel=1e-4)
-    torch.testing.assert_close(whole, parts, atol=2e-5, rtol=0)
+    for batch, accumulation, token_budget in [(2, 4, 10_000), (8, 1, 60), (8, 1, 1)]:
+        parts, parts_norms = run(batch, accumulation, token_budget)
+        assert parts_norms == pytest.approx(whole_norms, rel=1e-4)
+        torch.testing.assert_close(whole, parts, atol=2e-5, rtol=0)
+    other, _ = run(3, 3, 10_000)  # steps of 9 and 2 pairs
     assert (whole - other).abs().max() > 1e-3
 
 
@@ -142,28 +146,70 @@ def test_a_resumed_run_ends_with_the_weights_of_an_undisturbed_one(folder, tmp_p
     assert torch.equal(weights(undisturbed.model), weights(resumed.model))
 
 
-def test_a_loss_that_is_not_a_number_stops_the_run(folder, tmp_path):
-    broken = make_pairs(2)
-    broken[1] = EncodedPair(broken[1].chosen_ids, broken[1].rejected_ids, math.nan, 1.0, 0.0, {})
-    with pytest.raises(FloatingPointError, match="step 1"):
-        train(folder, tmp_path, broken)
+def test_a_loss_that_is_not_a_number_stops_the_run_and_names_the_pair(folder, tmp_path):
+    broken = make_pairs(6)
+    broken[4] = EncodedPair(broken[4].chosen_ids, broken[4].rejected_ids, math.nan, 1.0, 0.0, {"source": "mine"})
+    with pytest.raises(UserError, match=r"step 2 is not a number, because of training pairs 4 \(mine\) \("):
+        train(folder, tmp_path, broken, per_device_train_batch_size=4)
+    (line,) = (tmp_path / "not-finite.jsonl").read_text().splitlines()
+    found = json.loads(line)
+    assert (found["pair"], found["loss"], found["row"]) == (4, "nan", {"source": "mine"})
+    assert math.isfinite(float(found["r_chosen"]))
 
 
-def test_length_grouped_order_is_complete_and_follows_the_epoch():
-    lengths = [int(x) for x in np.random.default_rng(0).integers(1, 100, 400)]
-    sampler = LengthGroupedSampler(lengths, batch_size=4, seed=1)
+def test_centring_is_added_per_pair(folder, tmp_path):
+    pairs, logs = make_pairs(3), []
+    for weight in (0.0, 0.5):
+        train(folder, tmp_path, pairs, logs, max_steps=1, center_rewards_coefficient=weight)
+    model = load_reward_model(folder)
+    chosen, rejected = score_pairs(model, pairs, token_budget=64)
+    expected = sum((c + r) ** 2 for c, r in zip(chosen, rejected, strict=True)) / 3
+    without, with_it = (values["train/loss"] for _, values in logs if "train/ranking_loss" in values)
+    assert with_it - without == pytest.approx(0.5 * expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("strategy", ["random", "sequential", "group_by_length"])
+def test_every_pair_is_in_one_step_and_the_order_follows_the_epoch(strategy):
+    lengths = [int(x) for x in np.random.default_rng(0).integers(1, 100, 402)]
+    sampler = StepSampler(lengths, 4, strategy, seed=1)
     first = list(sampler)
-    assert sorted(first) == list(range(400))
+    assert len(first) == len(sampler) == 101
+    assert sorted(map(len, first)) == [2] + [4] * 100
+    assert sorted(i for step in first for i in step) == list(range(402))
     assert list(sampler) == first
-    sampler.set_epoch(1)
-    assert sorted(sampler) == list(range(400))
-    assert list(sampler) != first
+    sampler.batch_sampler.set_epoch(1)
+    second = list(sampler)
+    assert (second == first) == (strategy == "sequential")
+    assert sorted(i for step in second for i in step) == list(range(402))
 
-    def padded(order):
-        batches = [order[i : i + 4] for i in range(0, 400, 4)]
-        return sum(4 * max(lengths[i] for i in batch) for batch in batches)
+    def padded(steps):
+        return sum(len(step) * max(lengths[i] for i in step) for step in steps)
 
-    assert padded(first) < 0.75 * padded(list(range(400)))
+    if strategy == "group_by_length":
+        assert padded(first) < 0.75 * padded([list(range(402))[i : i + 4] for i in range(0, 402, 4)])
+
+
+@pytest.mark.parametrize("as_trees", [True, False])
+def test_processes_share_a_step_by_tokens(as_trees):
+    step = list(enumerate(make_pairs(7, seed=3)))
+    given = [StepCollator(0, 60, as_trees, rank, 3)(step) for rank in range(3)]
+    rows = [[i for batch in each["micro_batches"] for i in batch["rows"].tolist()] for each in given]
+    assert sorted(i for mine in rows for i in mine) == list(range(7))
+    assert [len(mine) for mine in rows] == [3, 2, 2]
+    assert all(each["pairs"] == 7 for each in given)
+    for each in given:
+        for batch in each["micro_batches"]:
+            assert batch["weight"] == 1.0
+            assert batch["input_ids"].numel() <= 60 or len(batch["rows"]) == 1
+            assert len(batch["margin"]) == len(batch["rows"])
+    # The longest pairs go to different processes.
+    longest = sorted(range(7), key=lambda i: -StepCollator(0, 60, as_trees, 0, 3).tokens(step[i][1]))[:3]
+    assert [next(r for r in range(3) if i in rows[r]) for i in longest] == [0, 1, 2]
+
+
+def test_a_process_without_a_pair_takes_part_with_weight_zero():
+    (batch,) = StepCollator(0, 60, True, 1, 2)(list(enumerate(make_pairs(1))))["micro_batches"]
+    assert (batch["weight"], batch["rows"].tolist()) == (0.0, [0])
 
 
 def test_pair_scores_come_in_order(folder):
@@ -180,7 +226,8 @@ import test_reward_training as t
 
 folder, out = map(Path, sys.argv[1:])
 logs = []
-trainer = t.train(folder, out, t.make_pairs(16), logs, per_device_train_batch_size=4, objective="safety")
+options = {"per_device_train_batch_size": 4, "objective": "safety", "token_budget": 40}
+trainer = t.train(folder, out, t.make_pairs(17), logs, **options)
 rank, size = trainer.args.process_index, trainer.args.world_size
 scores = t.score_pairs(trainer.accelerator.unwrap_model(trainer.model), t.make_pairs(5), 64, rank, size)
 (out / f"{rank}.json").write_text(json.dumps([logs, scores, size]))
@@ -189,8 +236,9 @@ scores = t.score_pairs(trainer.accelerator.unwrap_model(trainer.model), t.make_p
 
 @pytest.mark.slow
 def test_two_processes_of_four_pairs_equal_one_of_eight(folder, tmp_path):
+    # 17 pairs: in the last of the three steps one process has no pair.
     logs = []
-    one = train(folder, tmp_path, make_pairs(16), logs, per_device_train_batch_size=8, objective="safety")
+    one = train(folder, tmp_path, make_pairs(17), logs, per_device_train_batch_size=8, objective="safety")
     script = tmp_path / "two.py"
     script.write_text(TWO_PROCESSES)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
@@ -201,6 +249,6 @@ def test_two_processes_of_four_pairs_equal_one_of_eight(folder, tmp_path):
         two_logs, scores, size = json.loads((tmp_path / f"{rank}.json").read_text())
         assert size == 2
         assert scores == [pytest.approx(side, abs=1e-4) for side in score_pairs(one.model, make_pairs(5), 64)]
-        for (_, found), (_, expected) in zip(two_logs[:2], logs[:2], strict=True):
+        for (_, found), (_, expected) in zip(two_logs[:3], logs[:3], strict=True):
             for name in ("train/loss", "train/accuracy", "train/safety_loss", "optim/grad_norm"):
                 assert found[name] == pytest.approx(expected[name], rel=1e-4)

@@ -1,0 +1,201 @@
+"""A real model on real pairs: our reward training and `trl.RewardTrainer` at equal budget, accuracy and time.
+
+    python benchmarks/reward_real_model.py --model HuggingFaceTB/SmolLM2-135M-Instruct --output_dir runs/real
+
+Both start from one reward model (a fresh head on the chat model), see the same tokens of the helpful and harmless
+pairs once, in batches of the same size, with the same optimizer and schedule, on one thread. Ours goes through its
+command line. Each is tested on both held-out sets by the same scorer, beside the baseline that the longer response
+wins. A finished part is not run again. The last line is one JSON object: `ratio` is trl's processor time over ours.
+"""
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+from time import monotonic
+from typing import Any
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])  # launched by path, Python puts benchmarks/ first
+
+from rlhf import cli  # noqa: I001  (first: it switches off telemetry before trl is imported)
+
+import torch
+
+from benchmarks.trl_peer import trl_trainer
+from configs.chat import load_chat_format
+from configs.records import read_preferences
+from configs.reward_settings import RewardSettings
+from reward import metrics
+from reward.data import EncodedPair, encode_pairs
+from reward.model import create_reward_model, load_reward_model, save_reward_model
+from rlhf.models import load_tokenizer
+from rlhf.reward_training import score_pairs
+
+ROOT = Path(__file__).resolve().parents[1]
+KIT = Path(os.environ.get("RLHF_KIT", ROOT.parent / "shared" / "data"))
+SETS = ("helpful", "harmless")
+SIDES = ("trl", "ours")
+
+
+def pairs_of(name: str, split: str, model: str, max_length: int) -> list[EncodedPair]:
+    """The pairs of `hh-<name>-<split>.jsonl.gz`, in our encoding."""
+    tokenizer = load_tokenizer(model)
+    chat_format = load_chat_format(tokenizer)
+    rows = read_preferences(KIT / f"hh-{name}-{split}.jsonl.gz", chat_format=chat_format).rows
+    return encode_pairs(rows, chat_format, max_length, None)[0]
+
+
+def flags(settings: argparse.Namespace, name: str) -> list[str]:
+    """What both sides are told, as flags of rlhf/train_reward.py."""
+    options = {
+        "train_files": KIT / f"hh-{name}-train.jsonl.gz",
+        "eval_files": KIT / f"hh-{name}-test.jsonl.gz",
+        "max_length": settings.max_length,
+        "max_reject_share": 0.2,  # pairs whose last turn alone is longer are left out on both sides
+        "margin": "none",
+        "learning_rate": settings.learning_rate,
+        "per_device_train_batch_size": settings.batch_size,
+        "num_train_epochs": 1,
+        "bf16": True,
+        "max_steps": settings.max_steps,
+    }
+    return [word for key, value in options.items() for word in (f"--{key}", str(value))]
+
+
+def train_trl(settings: argparse.Namespace, name: str, folder: Path) -> None:
+    """The peer's run, in this process; the model goes to `folder/model`, the times to `folder/times.json`."""
+    torch.set_num_threads(1)
+    start = str(Path(settings.output_dir) / "start")
+    (options,) = cli.parse(RewardSettings, args=flags(settings, name))
+    tokenizer = load_tokenizer(start)
+    model: Any = load_reward_model(start).train()
+    pairs = pairs_of(name, "train", start, settings.max_length)
+    trainer = trl_trainer(model, tokenizer, pairs, options, str(folder / "checkpoints"))
+    times = Times()
+    trainer.train()
+    times.write(folder)
+    save_reward_model(trainer.accelerator.unwrap_model(trainer.model), tokenizer, folder / "model", "trl's run\n")
+
+
+class Times:
+    """Wall and processor seconds since it was made, and the most resident memory of the process so far."""
+
+    def __init__(self) -> None:
+        self.wall, self.cpu = monotonic(), sum(os.times()[:2])
+
+    def write(self, folder: Path) -> None:
+        """Put the figures into `folder/times.json`."""
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        figures = {"seconds": monotonic() - self.wall, "cpu_seconds": sum(os.times()[:2]) - self.cpu, "peak_mib": peak}
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "times.json").write_text(json.dumps(figures), encoding="utf-8")
+
+
+def train_ours(settings: argparse.Namespace, name: str, folder: Path) -> None:
+    """Our command line in a child process; start-up, reading and the final test are in its time."""
+    start = Path(settings.output_dir) / "start"
+    command = [
+        sys.executable,
+        "rlhf/train_reward.py",
+        "--model_name_or_path",
+        str(start.resolve()),
+        "--use_cpu",
+        "true",
+    ]
+    command += ["--output_dir", str(folder.resolve()), *flags(settings, name)]
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    begun = monotonic()
+    subprocess.run(command, cwd=ROOT, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    whole = {
+        "seconds": summary["train_seconds"],
+        "cpu_seconds": summary["train_cpu_seconds"],
+        "peak_mib": used.ru_maxrss / 1024,
+        "seconds_with_start_and_test": monotonic() - begun,
+        "cpu_seconds_with_start_and_test": used.ru_utime + used.ru_stime - before.ru_utime - before.ru_stime,
+    }
+    (folder / "times.json").write_text(json.dumps(whole), encoding="utf-8")
+
+
+def accuracy(folder: Path, name: str, settings: argparse.Namespace) -> dict[str, Any]:
+    """Accuracy of the model in `folder` on one held-out set."""
+    model = load_reward_model(folder / "model")
+    pairs = pairs_of(name, "test", str(folder / "model"), settings.max_length)
+    scores = score_pairs(model, pairs, token_budget=2048)
+    return metrics.share([metrics.outcome(chosen, rejected) for chosen, rejected in zip(*scores, strict=True)])
+
+
+def longer_wins(name: str, model: str, max_length: int) -> dict[str, Any]:
+    """Accuracy of the rule that the longer response, in tokens, is the chosen one."""
+    pairs = pairs_of(name, "test", model, max_length)
+    return metrics.share([metrics.outcome(len(pair.chosen_ids), len(pair.rejected_ids)) for pair in pairs])
+
+
+def main(settings: argparse.Namespace) -> None:
+    """Train what is missing, test, print."""
+    torch.set_num_threads(1)
+    output = Path(settings.output_dir)
+    if settings.child:
+        train_trl(settings, settings.child, output / f"trl-{settings.child}")
+        return
+    if not (output / "start" / "config.json").exists():
+        tokenizer = load_tokenizer(settings.model)
+        save_reward_model(create_reward_model(settings.model, tokenizer), tokenizer, output / "start", "a fresh head\n")
+    results: dict[str, Any] = {}
+    for name in settings.sets:
+        for side in settings.sides:
+            folder = output / f"{side}-{name}"
+            if not (folder / "times.json").exists():
+                print(f"== {side}, {name}", flush=True)
+                if side == "ours":
+                    train_ours(settings, name, folder)
+                else:  # a process of its own, so that its memory is its own
+                    subprocess.run([sys.executable, *sys.argv, "--child", name], cwd=ROOT, check=True)
+            if not (folder / "accuracy.json").exists():
+                found = {test: accuracy(folder, test, settings) for test in SETS}
+                (folder / "accuracy.json").write_text(json.dumps(found), encoding="utf-8")
+            results[f"{side}-{name}"] = json.loads((folder / "times.json").read_text(encoding="utf-8")) | {
+                "accuracy": json.loads((folder / "accuracy.json").read_text(encoding="utf-8"))
+            }
+    baseline = {test: longer_wins(test, str(output / "start"), settings.max_length) for test in SETS}
+    report(results, baseline)
+
+
+def cell(share: dict[str, Any]) -> str:
+    """An accuracy with its interval, in per cent."""
+    low, high = share["ci95"]
+    return f"{100 * share['accuracy']:.1f} ({100 * low:.1f} to {100 * high:.1f})"
+
+
+def report(results: dict[str, Any], baseline: dict[str, Any]) -> None:
+    """The table, and the JSON line."""
+    print("| trained on | by | helpful test | harmless test | seconds | processor seconds | peak MiB |")
+    print("|---|---|---|---|---|---|---|")
+    for key, found in results.items():
+        side, name = key.split("-")
+        tests = " | ".join(cell(found["accuracy"][test]) for test in SETS)
+        times = f"{found['seconds']:.0f} | {found['cpu_seconds']:.0f} | {found['peak_mib']:.0f}"
+        print(f"| {name} | {side} | {tests} | {times} |")
+    print("| - | longer wins | " + " | ".join(cell(baseline[test]) for test in SETS) + " | | | |")
+    done = [name for name in SETS if all(f"{side}-{name}" in results for side in SIDES)]
+    total = {side: sum(results[f"{side}-{name}"]["cpu_seconds"] for name in done) for side in SIDES}
+    ratio = total["trl"] / total["ours"] if done else None
+    print(json.dumps({"ratio": ratio, "cpu_seconds": total, "sets": done, "longer_wins": baseline, "runs": results}))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct")
+    parser.add_argument("--output_dir", default="runs/real")
+    parser.add_argument("--sets", nargs="+", choices=SETS, default=list(SETS))
+    parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES))
+    parser.add_argument("--max_length", type=int, default=192)
+    parser.add_argument("--batch_size", type=int, default=8)
+    parser.add_argument("--learning_rate", type=float, default=2e-5)
+    parser.add_argument("--max_steps", type=int, default=-1)
+    parser.add_argument("--child", choices=SETS, help=argparse.SUPPRESS)
+    main(parser.parse_args())
