@@ -54,6 +54,8 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
     resolved = {**asdict(settings), **asdict(model_settings), **asdict(run_settings)}
     if done := RunFolder.completed(run_settings.output_dir, resolved):
         return done
+    if settings.load_in_4bit and not model_settings.use_peft:
+        raise UserError("load_in_4bit: 4-bit weights cannot be trained themselves; add use_peft: true")
     margins = _margins(settings)
     started = monotonic()
     arguments = training_arguments(run_settings, settings)  # joins the processes of a distributed run
@@ -82,6 +84,7 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
         resolve_dtype(model_settings, trainable=True),
         model_settings.attn_implementation,
         run_settings.seed,
+        arguments.device if settings.load_in_4bit else None,
     )
     if model_settings.use_peft:
         if settings.gradient_checkpointing:
