@@ -226,6 +226,7 @@ def test_long_pairs_are_set_aside_until_they_are_too_many(chat_model, files, tmp
         (["--mix_weights", "1", "2"], "mix_weights: 2 weights for 1 train_files"),
         (["--mix_rows", "0"], "mix_rows: must be at least 1, got 0"),
         (["--leaked_prompts", "ignore"], "leaked_prompts: must be one of drop, keep, stop"),
+        (["--load_in_4bit", "true"], "load_in_4bit: 4-bit weights cannot be trained themselves; add use_peft: true"),
         (["--learning_rat", "1"], "learning_rate"),
         (["--model_name_or_path", "no/such/folder"], "no/such/folder"),
         (["--train_files", "no_such_file.jsonl"], "no_such_file.jsonl"),
@@ -254,7 +255,7 @@ def test_bad_rows_stop_the_run_before_training(chat_model, files, tmp_path):
 
 
 @pytest.mark.parametrize("objective", ["helpfulness", "safety"])
-@pytest.mark.parametrize(("size", "rate"), [("7b", 1e-5)])
+@pytest.mark.parametrize(("size", "rate"), [("7b", 1e-5), ("13b", 1e-5), ("70b", 5e-6)])
 def test_llama2_configs_carry_the_numbers_of_the_paper(size, rate, objective):
     path = str(ROOT / f"configs/llama2_{size}_reward_{objective}.yaml")
     settings, model, _ = cli.parse(RewardSettings, ModelSettings, RunSettings, args=["--config", path])
@@ -265,6 +266,7 @@ def test_llama2_configs_carry_the_numbers_of_the_paper(size, rate, objective):
     assert settings.min_warmup_steps == 5
     assert settings.safety_weight == (1.0 if objective == "safety" else 0.0)
     assert model.use_peft
+    assert settings.load_in_4bit == (size == "70b")
 
 
 def test_without_test_files_prompts_are_held_out_and_shares_are_kept(chat_model, files, tmp_path):
