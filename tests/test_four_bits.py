@@ -5,6 +5,7 @@ bitsandbytes computes on CPUs too; without that package only the error message i
 
 import importlib.util
 import json
+import shutil
 
 import pytest
 import torch
@@ -113,7 +114,8 @@ def test_the_script_trains_four_bits_end_to_end(base, tmp_path):
     words = ["--model_name_or_path", base, "--output_dir", str(tmp_path / "run"), "--use_cpu", "true",
              "--train_files", data[0], "--eval_files", data[1], "--use_peft", "true", "--load_in_4bit", "true",
              "--dtype", "bfloat16", "--bf16", "true", "--gradient_checkpointing", "true", "--max_steps", "12",
-             "--eval_steps", "4", "--learning_rate", "1e-2", "--min_warmup_steps", "1"]  # fmt: skip
+             "--eval_steps", "4", "--save_steps", "4", "--learning_rate", "1e-2",
+             "--min_warmup_steps", "1"]  # fmt: skip
     summary = main(words)
     assert summary["accuracy"] > 0.9  # chance is 0.5
     folder = tmp_path / "run" / "model"
@@ -121,3 +123,7 @@ def test_the_script_trains_four_bits_end_to_end(base, tmp_path):
     assert weights["score.weight"].dtype == torch.float32
     assert weights["model.layers.0.mlp.up_proj.weight"].dtype == torch.bfloat16
     assert AutoModelForSequenceClassification.from_pretrained(folder).num_labels == 1
+    # Killed before its summary, after the checkpoint of step 8: the last four steps again, and the same scores.
+    (tmp_path / "run" / "summary.json").unlink()
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "checkpoint-12")
+    assert main(words)["scores"] == summary["scores"]

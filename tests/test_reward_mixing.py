@@ -123,6 +123,6 @@ def test_leaks_are_whole_prompts_and_near_leaks_first_turns():
 
 
 def test_the_speaker_is_part_of_a_prompt():
-    told = pair(["a"]) | {"prompt": [turn("system", "b"), turn("user", "a")]}
-    assert find_leaks([[told]], [pair(["a"])]).same == {}
+    told = pair([]) | {"prompt": [turn("system", "b"), turn("user", "a")]}
+    assert find_leaks([[told]], [pair(["a"]), pair(["b", "a"])]).same == {}
     assert find_leaks([[told]], [told]).same == {(0, 0): 0}

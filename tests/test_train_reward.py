@@ -336,6 +336,8 @@ def test_leaks_and_duplicates_can_be_kept_or_stop_the_run(chat_model, untidy, tm
     with pytest.raises(UserError, match=r"leaked_prompts: 1 training pairs \(.*train.jsonl:2\) with a prompt that is"):
         main([*call, "--leaked_prompts", "stop"])
     assert not (tmp_path / "run" / "summary.json").exists()
+    main(call)
+    assert len(jsonl(tmp_path / "run" / "dropped-train.jsonl")) == 2
     summary = main([*call, "--leaked_prompts", "keep", "--deduplicate", "false"])
     assert [summary["train_pairs"], summary["test_prompts_in_training"]] == [4, 1]
     assert (summary["mix"][0]["leaked"], summary["mix"][0]["duplicates"]) == (1, 1)
