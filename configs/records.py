@@ -21,8 +21,8 @@ from configs.errors import UserError
 from configs.record_shapes import RATINGS, SAFETY_LABELS, Row, dialogue_row, preference_row, prompt_row, text
 from configs.row_files import BadRow, read_rows, source_name, write_jsonl
 
-__all__ = ["RATINGS", "SAFETY_LABELS", "Issue", "Records", "first_user_turn", "read_dialogues", "read_preferences",
-           "read_prompts", "split_by_prompt", "write_jsonl"]  # fmt: skip
+__all__ = ["RATINGS", "SAFETY_LABELS", "Issue", "Records", "canonical_prompt", "first_user_turn", "read_dialogues",
+           "read_preferences", "read_prompts", "split_by_prompt", "write_jsonl"]  # fmt: skip
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +47,7 @@ class Records:
     """What a reader returns. `counts` has "read", "kept" and one entry for each reason of `issues`."""
 
     rows: list[Row]
+    lines: list[int]  # of the rows, in the file; see Issue
     issues: list[Issue] = field(default_factory=list)
     counts: dict[str, int] = field(default_factory=dict)
 
@@ -96,8 +97,16 @@ def split_by_prompt(rows: Sequence[Row], fraction: float, seed: int) -> tuple[li
 def first_user_turn(row: Row) -> str:
     """The first user turn of a record in canonical form: lower case, letters and digits only (all of it if none)."""
     messages = row["messages"] if "messages" in row else row["prompt"]
-    turn = next(message["content"] for message in messages if message["role"] == "user")
-    return "".join(c for c in turn.lower() if c.isalnum()) or turn.strip()
+    return _letters(next(message["content"] for message in messages if message["role"] == "user"))
+
+
+def canonical_prompt(row: Row) -> tuple[tuple[str, str], ...]:
+    """The whole prompt as (role, text) pairs, each text in the canonical form of `first_user_turn`."""
+    return tuple((message["role"], _letters(message["content"])) for message in row["prompt"])
+
+
+def _letters(content: str) -> str:
+    return "".join(c for c in content.lower() if c.isalnum()) or content.strip()
 
 
 def _read(
@@ -113,6 +122,7 @@ def _read(
     name = str(path_or_hub_name)
     forbidden = SPECIAL_TAGS + (chat_format.forbidden if chat_format else ())
     rows: list[Row] = []
+    lines: list[int] = []
     issues: list[Issue] = []
     rejects: list[Row] = []
     for line, raw in read_rows(path_or_hub_name, split):
@@ -125,6 +135,7 @@ def _read(
             if chat_format and max_prompt_tokens:
                 _check_length(row, chat_format, max_prompt_tokens)
             rows.append(row)
+            lines.append(line)
         except (BadRow, ChatFormatError) as error:
             issues.append(Issue(name, line, error.reason, str(error)))
             row = raw.raw if isinstance(raw, BadRow) else raw
@@ -133,7 +144,7 @@ def _read(
         _write_rejects(Path(reject_file), name, rejects)
     counts = {"read": len(rows) + len(issues), "kept": len(rows), **Counter(issue.reason for issue in issues)}
     _report(name, counts, issues, max_reject_share, reject_file)
-    return Records(rows, issues, counts)
+    return Records(rows, lines, issues, counts)
 
 
 def _report(

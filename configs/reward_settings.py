@@ -9,6 +9,7 @@ from configs.errors import UserError
 
 OBJECTIVES = ("helpfulness", "safety")
 MARGINS = ("none", "small", "large")
+LEAKED_PROMPTS = ("drop", "keep", "stop")
 STRATEGIES = ("random", "sequential", "group_by_length")
 
 
@@ -23,9 +24,21 @@ class RewardSettings:
     )
     mix_weights: list[float] | None = field(
         default=None,
+        metadata={"help": "Share of each train file, e.g. 9 1. None: files count by their pairs."},
+    )
+    mix_rows: int | None = field(
+        default=None,
         metadata={
-            "help": "Share of each train file, e.g. 9 1. Rows are drawn without repeats. None: all rows of all files."
+            "help": "Training pairs in all; a file that has fewer than its share is gone through again. None: as many "
+            "as mix_weights allow without repeats."
         },
+    )
+    deduplicate: bool = field(
+        default=True, metadata={"help": "Drop training pairs that repeat an earlier one word for word."}
+    )
+    leaked_prompts: str = field(
+        default="drop",
+        metadata={"help": "Training pairs whose prompt is also tested: drop, keep, or stop the run."},
     )
     eval_fraction: float = field(
         default=0.05, metadata={"help": "Share of prompts held out where eval_files is not given."}
@@ -88,6 +101,10 @@ class RewardSettings:
         metadata={"help": "random, sequential or group_by_length (steps of similar length, shuffled)."},
     )
     bf16: bool = field(default=False, metadata={"help": "bfloat16 autocast while training; weights keep their dtype."})
+    load_in_4bit: bool = field(
+        default=False,
+        metadata={"help": "Hold the frozen weights under LoRA in 4 bits (NF4); needs the package bitsandbytes."},
+    )
     gradient_checkpointing: bool = field(default=False, metadata={"help": "Trade a second forward for less memory."})
 
     eval_steps: int = field(default=0, metadata={"help": "Evaluate every so many steps; 0: only at the end."})
@@ -101,6 +118,7 @@ class RewardSettings:
         for name, choices in (
             ("objective", OBJECTIVES),
             ("margin", MARGINS),
+            ("leaked_prompts", LEAKED_PROMPTS),
             ("train_sampling_strategy", STRATEGIES),
         ):
             if getattr(self, name) not in choices:
@@ -116,6 +134,8 @@ class RewardSettings:
                 raise UserError(
                     f"mix_weights: every weight must be above 0, got {self.mix_weights}; leave out unused files"
                 )
+        if self.mix_rows is not None and self.mix_rows < 1:
+            raise UserError(f"mix_rows: must be at least 1, got {self.mix_rows}; leave it out to use all pairs")
         for name in ("max_length", "per_device_train_batch_size", "gradient_accumulation_steps", "score_token_budget"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name}: must be at least 1, got {getattr(self, name)}")

@@ -1,9 +1,8 @@
-"""Preference records -> encoded pairs: margins from ratings, long prompts shortened, sources mixed (paper §3.2.2).
+"""Preference records -> encoded pairs: margins from ratings, long prompts shortened (paper §3.2.2).
 
 No file is read here; records come checked from configs.records.
 """
 
-import random
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +11,6 @@ from typing import Any
 import numpy as np
 
 from configs.chat import ChatFormat, Message
-from configs.errors import UserError
 from reward.loss import SAFETY_LABELS
 from reward.tree import tree_length
 
@@ -86,27 +84,3 @@ def encode_pairs(
             )
         )
     return pairs, refused, counts
-
-
-def mix_sizes(available: Sequence[int], weights: Sequence[float]) -> list[int]:
-    """Rows to draw from each source so that shares follow `weights`, no row repeats and at least one source is used up.
-
-    The paper's 90/10 and 50/50 (§3.2.2). UserError where a source would give no row at all.
-    """
-    total = min(rows / weight for rows, weight in zip(available, weights, strict=True))
-    sizes = [min(rows, int(total * weight + 1e-9)) for rows, weight in zip(available, weights, strict=True)]
-    if 0 in sizes:
-        raise UserError(
-            f"mix_weights: shares {list(weights)} of sources with {list(available)} rows leave source "
-            f"{sizes.index(0) + 1} without any row; add rows or change the weights"
-        )
-    return sizes
-
-
-def mix(sources: Sequence[Sequence[Any]], weights: Sequence[float] | None, seed: int) -> list[Any]:
-    """Rows of all sources, shuffled; with `weights`, a seeded draw without replacement of `mix_sizes` from each."""
-    rng = random.Random(seed)
-    sizes = [len(source) for source in sources] if weights is None else mix_sizes([len(s) for s in sources], weights)
-    mixed = [row for source, size in zip(sources, sizes, strict=True) for row in rng.sample(list(source), size)]
-    rng.shuffle(mixed)
-    return mixed

@@ -26,6 +26,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICA
 
 from configs.chat import sentencepiece_file
 from configs.errors import UserError
+from reward.quantized import four_bit_options, is_quantized, keep_layout, plain_model
 
 
 class ScoreAtEnd:
@@ -107,11 +108,13 @@ def create_reward_model(
     dtype: torch.dtype = torch.float32,
     attn_implementation: str = "sdpa",
     seed: int = 0,
+    four_bit_device: torch.device | None = None,
 ) -> PreTrainedModel:
     """A reward model to train, from a language model (new head) or from an earlier reward model (its head kept).
 
     The new head is drawn from N(0, 1/sqrt(d + 1)), d = hidden size, which makes first scores of order one. Dropout is
-    off throughout. UserError where the tokenizer does not fit the model or has no padding token of its own.
+    off throughout. With `four_bit_device` the linear layers but the head are quantised and lie there.
+    UserError where the tokenizer does not fit the model or has no padding token of its own.
     """
     check_padding_token(tokenizer, path)
     config = _config(path)
@@ -119,7 +122,9 @@ def create_reward_model(
     config.num_labels = 1
     for name in [name for name in vars(config) if name.endswith(("dropout", "pdrop"))]:
         setattr(config, name, 0.0)
-    model = _load(path, config, dtype, attn_implementation)
+    quantization = {} if four_bit_device is None else four_bit_options(dtype, four_bit_device)
+    model = _load(path, config, dtype, attn_implementation, **quantization)
+    keep_layout(model)
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
@@ -169,13 +174,14 @@ def add_lora(model: PreTrainedModel, r: int, alpha: int, dropout: float, target_
 def save_reward_model(model: Any, tokenizer: PreTrainedTokenizerBase, folder: str | Path, card: str) -> None:
     """Write the plain folder: config, safetensors, tokenizer, README.md. LoRA is merged and kept in adapter/ too.
 
-    Merging changes `model`: use it for nothing else afterwards.
+    4-bit weights are written as what they stand for, in the dtype they were quantised from. Merging changes `model`:
+    use it for nothing else afterwards.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     if hasattr(model, "merge_and_unload"):
         model.save_pretrained(folder / "adapter")
-        model = model.merge_and_unload()
+        model = plain_model(model) if is_quantized(model) else model.merge_and_unload()
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     if (sentencepiece := sentencepiece_file(tokenizer)) is not None:  # save_pretrained leaves it behind
@@ -197,7 +203,9 @@ def _has_scalar_head(config: Any) -> bool:
     return config.num_labels == 1 and any("SequenceClassification" in name for name in config.architectures or [])
 
 
-def _load(path: str | Path, config: Any, dtype: torch.dtype, attn_implementation: str) -> PreTrainedModel:
+def _load(
+    path: str | Path, config: Any, dtype: torch.dtype, attn_implementation: str, **quantization: Any
+) -> PreTrainedModel:
     if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
         raise UserError(
             f"{path}: transformers has no sequence-classification class for model type {config.model_type!r}"
@@ -213,6 +221,7 @@ def _load(path: str | Path, config: Any, dtype: torch.dtype, attn_implementation
                 dtype=dtype,
                 attn_implementation=attn_implementation,
                 use_safetensors=True,  # a .bin file is a pickle: loading one can run code
+                **quantization,
             )
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: no weights can be loaded: {str(error).splitlines()[0]}") from error

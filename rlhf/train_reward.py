@@ -31,18 +31,19 @@ from rlhf import cli  # noqa: E402,I001  (first: it switches off telemetry befor
 import yaml  # noqa: E402
 from accelerate import PartialState  # noqa: E402
 
-from configs.chat import ChatFormat, load_chat_format, training_chat_template  # noqa: E402
+from configs.chat import load_chat_format, training_chat_template  # noqa: E402
 from configs.errors import UserError  # noqa: E402
 from configs.model_settings import ModelSettings, RunSettings  # noqa: E402
-from configs.records import RATINGS, read_preferences, split_by_prompt, write_jsonl  # noqa: E402
+from configs.records import RATINGS, write_jsonl  # noqa: E402
 from configs.reward_settings import RewardSettings  # noqa: E402
 from reward import metrics  # noqa: E402
-from reward.data import EncodedPair, encode_pairs, mix  # noqa: E402
+from reward.data import EncodedPair, encode_pairs  # noqa: E402
 from reward.loss import margin_table  # noqa: E402
 from reward.model import add_lora, create_reward_model, save_reward_model  # noqa: E402
 from rlhf.hardware import attend_in_float32  # noqa: E402
 from rlhf.models import data_fingerprint, freeze_embeddings, load_tokenizer, model_card, resolve_dtype  # noqa: E402
 from rlhf.roles import unwrap  # noqa: E402
+from rlhf.reward_inputs import read_inputs  # noqa: E402
 from rlhf.reward_training import CHECKPOINTS, RewardTrainer, score_pairs, training_arguments  # noqa: E402
 from rlhf.run import NOT_COMPARED, RunFolder  # noqa: E402
 
@@ -53,6 +54,8 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
     resolved = {**asdict(settings), **asdict(model_settings), **asdict(run_settings)}
     if done := RunFolder.completed(run_settings.output_dir, resolved):
         return done
+    if settings.load_in_4bit and not model_settings.use_peft:
+        raise UserError("load_in_4bit: 4-bit weights cannot be trained themselves; add use_peft: true")
     margins = _margins(settings)
     started = monotonic()
     arguments = training_arguments(run_settings, settings)  # joins the processes of a distributed run
@@ -62,12 +65,12 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
     # Data
     tokenizer = load_tokenizer(model_settings.model_name_or_path)
     chat_format = load_chat_format(tokenizer, model_settings.chat_format)
-    sources, test_rows = _read(settings, chat_format, run_settings.seed, output_dir if is_main else None)
-    train_rows = mix(sources, settings.mix_weights, run_settings.seed)
-    train_pairs, refused, counts = encode_pairs(train_rows, chat_format, settings.max_length, margins)
-    test_pairs, test_refused, test_counts = encode_pairs(test_rows, chat_format, settings.max_length, margins)
-    _check_refused(len(train_rows), refused, settings, output_dir if is_main else None, "train")
-    _check_refused(len(test_rows), test_refused, settings, output_dir if is_main else None, "test")
+    main_folder = output_dir if is_main else None
+    inputs = read_inputs(settings, chat_format, run_settings.seed, main_folder)
+    train_pairs, refused, counts = encode_pairs(inputs.train_rows, chat_format, settings.max_length, margins)
+    test_pairs, test_refused, test_counts = encode_pairs(inputs.test_rows, chat_format, settings.max_length, margins)
+    _check_refused(len(inputs.train_rows), refused, settings, main_folder, "train")
+    _check_refused(len(inputs.test_rows), test_refused, settings, main_folder, "test")
     if settings.safety_weight and all(pair.row.get("safety") is None for pair in train_pairs):
         raise UserError(
             f"safety_loss_weight: {settings.safety_weight}, but no training row has a `safety` field "
@@ -81,6 +84,7 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
         resolve_dtype(model_settings, trainable=True),
         model_settings.attn_implementation,
         run_settings.seed,
+        arguments.device if settings.load_in_4bit else None,
     )
     if model_settings.use_peft:
         if settings.gradient_checkpointing:
@@ -131,6 +135,7 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
         "train_loss": training.training_loss,
         "train_pairs": counts["pairs"],
         "train_by_source": dict(sorted(Counter(str(pair.row.get("source")) for pair in train_pairs).items())),
+        "mix": inputs.report,
         "unrated": counts["unrated"],
         "shortened": counts["shortened"],
         "too_long": counts["refused"],
@@ -203,27 +208,6 @@ def _margins(settings: RewardSettings) -> dict[str, float] | None:
         return margin_table(settings.margin, settings.margin_table)
     except ValueError as error:
         raise UserError(str(error)) from error
-
-
-def _read(
-    settings: RewardSettings, chat_format: ChatFormat, seed: int, reject_dir: Path | None
-) -> tuple[list[list[dict[str, Any]]], list[dict[str, Any]]]:
-    """(training rows by file, test rows). Bad rows go to reject files in `reject_dir`, where it is given."""
-
-    def read(path: str, split: str) -> list[dict[str, Any]]:
-        return read_preferences(
-            path,
-            reject_file=None if reject_dir is None else reject_dir / f"rejected-{split}.jsonl",
-            max_reject_share=settings.max_reject_share,
-            chat_format=chat_format,
-            split=split,
-        ).rows
-
-    sources = [read(path, "train") for path in settings.train_files]
-    if settings.eval_files is not None:
-        return sources, [row for path in settings.eval_files for row in read(path, "test")]
-    split = [split_by_prompt(rows, settings.eval_fraction, seed) for rows in sources]
-    return [train for train, _ in split], [row for _, held_out in split for row in held_out]
 
 
 def _check_refused(

@@ -25,7 +25,8 @@ from rlhf.roles import load_roles
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 RUNS = sorted(path for path in CONFIGS.glob("*.yaml") if path.name != "demo.yaml")
-LLAMA2 = [path for path in RUNS if path.name.startswith("llama2_7b_")]
+LLAMA2 = [path for path in RUNS if path.name.startswith("llama2_")]
+LLAMA2_7B = [path for path in LLAMA2 if path.name.startswith("llama2_7b_")]
 POLICIES = ("model_name_or_path", "second_model_name_or_path", "baseline_model_name_or_path", "sft_model_path")
 REWARD_MODELS = (
     "helpfulness_model_path",
@@ -119,12 +120,18 @@ def test_the_models_of_every_config_load(path, tiny):
 
 
 def test_llama2_has_a_config_for_every_stage():
-    stages = sorted(stage_of(path) for path in LLAMA2)
+    stages = sorted(stage_of(path) for path in LLAMA2_7B)
     assert stages == sorted(
         ["sft"] * 3  # supervised, on the best of K, on Ghost Attention dialogues
         + ["train_reward"] * 2
         + ["collect_preferences", "rejection_sampling", "ppo", "build_gatt", "evaluate_gatt", "evaluate_policy"]
     )
+
+
+def test_reward_models_have_configs_of_three_sizes():
+    sizes = sorted((path.stem.split("_")[1], parse("train_reward", path)["objective"])
+                   for path in LLAMA2 if stage_of(path) == "train_reward")  # fmt: skip
+    assert sizes == [(size, kind) for size in ("13b", "70b", "7b") for kind in ("helpfulness", "safety")]
 
 
 def test_llama2_configs_hand_over_to_each_other():
@@ -133,7 +140,7 @@ def test_llama2_configs_hand_over_to_each_other():
     outputs.add("runs/llama2-7b/preferences")  # labels imported from people, in the header of the collecting config
     assert "--output_dir runs/llama2-7b/preferences" in (CONFIGS / "llama2_7b_collect.yaml").read_text()
     for path in LLAMA2:
-        for used in re.findall(r"runs/llama2-7b/[\w-]+(?=/)", path.read_text()):
+        for used in re.findall(r"runs/llama2-\d+b/[\w-]+(?=/)", path.read_text()):
             assert used in outputs, f"{path.name} reads {used}, which no config writes"
 
 
@@ -141,7 +148,7 @@ ADAMW = {"adam_beta1": 0.9, "adam_beta2": 0.95, "adam_epsilon": 1e-5, "weight_de
 PAPER = {  # §2.2 (AdamW), §3.1, §3.2.2, §3.2.3, §3.3
     "sft": {"learning_rate": 2e-5, "lr_scheduler_type": "cosine", "num_train_epochs": 2, "max_length": 4096,
             "packing": True, "use_peft": True, **ADAMW},
-    "train_reward": {"learning_rate": 1e-5, "min_lr_rate": 0.1, "warmup_ratio": 0.03, "min_warmup_steps": 5,
+    "train_reward": {"min_lr_rate": 0.1, "warmup_ratio": 0.03, "min_warmup_steps": 5,
                      "num_train_epochs": 1, "use_peft": True, **ADAMW},
     "ppo": {"learning_rate": 1e-6, "batch_size": 512, "mini_batch_size": 64, "ppo_epochs": 1, "kl_coef": 0.01,
             "clip_range": 0.2, "safety_threshold": 0.15, "temperature": 1.0, "reference_model": "start",
@@ -165,6 +172,8 @@ def test_llama2_configs_have_the_numbers_of_the_paper(path):
     if run == "ppo":
         assert 200 <= settings["total_iterations"] <= 400
     if run == "train_reward":
+        assert settings["learning_rate"] == (5e-6 if "_70b_" in path.name else 1e-5)
+        assert settings["load_in_4bit"] == ("_70b_" in path.name)
         assert settings["margin"] == "small"
         assert settings["RewardSettings"].safety_weight == (1.0 if settings["objective"] == "safety" else 0.0)
         assert settings["mix_weights"] == ([90, 10] if settings["objective"] == "safety" else [50, 50])

@@ -1,15 +1,13 @@
-"""Encoding, shortening, margins and mixing, with a chat format of one token a word."""
+"""Encoding, shortening and margins, with a chat format of one token a word."""
 
 import math
 from types import SimpleNamespace
 
 import numpy as np
-import pytest
 import torch
 
-from configs.errors import UserError
 from reward.collate import batches_by_budget, collate_pairs, pad_right
-from reward.data import encode_pairs, mix, mix_sizes, shorten_prompt
+from reward.data import encode_pairs, shorten_prompt
 from reward.loss import margin_table
 
 
@@ -110,22 +108,3 @@ def test_batches_hold_every_row_once_within_the_budget():
     batches = batches_by_budget(lengths, token_budget=12)
     # 30 alone although beyond the budget; 10 alone, as two rows of 10 exceed 12; then 3 rows of 4, one being 3 long
     assert batches == [[5], [1], [2, 3, 0], [4]]
-
-
-@pytest.mark.parametrize(
-    ("available", "weights", "sizes"),
-    [([900, 900], [9, 1], [900, 100]), ([900, 50], [9, 1], [450, 50]), ([10, 10], [1, 1], [10, 10])],
-)
-def test_mix_sizes_follow_the_weights_without_repeats(available, weights, sizes):
-    assert mix_sizes(available, weights) == sizes
-
-
-def test_mix_is_seeded_without_repeats_and_refuses_an_empty_share():
-    sources = [list(range(20)), list(range(100, 110))]
-    mixed = mix(sources, [3, 1], seed=1)
-    assert len(mixed) == len(set(mixed)) == 26
-    assert sum(x >= 100 for x in mixed) == 6
-    assert mix(sources, [3, 1], seed=1) == mixed != mix(sources, [3, 1], seed=2)
-    assert sorted(mix(sources, None, seed=0)) == sorted(sources[0] + sources[1])
-    with pytest.raises(UserError, match="source 2"):
-        mix([[1, 2, 3], [4]], [9, 1], seed=0)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from tiny_models import save_tiny_policy
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForSequenceClassification, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -223,6 +224,9 @@ def test_long_pairs_are_set_aside_until_they_are_too_many(chat_model, files, tmp
         (["--margin", "huge"], "margin: must be one of none, small, large"),
         (["--margin_table", "1", "2"], "margin_table needs 4 values"),
         (["--mix_weights", "1", "2"], "mix_weights: 2 weights for 1 train_files"),
+        (["--mix_rows", "0"], "mix_rows: must be at least 1, got 0"),
+        (["--leaked_prompts", "ignore"], "leaked_prompts: must be one of drop, keep, stop"),
+        (["--load_in_4bit", "true"], "load_in_4bit: 4-bit weights cannot be trained themselves; add use_peft: true"),
         (["--learning_rat", "1"], "learning_rate"),
         (["--model_name_or_path", "no/such/folder"], "no/such/folder"),
         (["--train_files", "no_such_file.jsonl"], "no_such_file.jsonl"),
@@ -251,16 +255,18 @@ def test_bad_rows_stop_the_run_before_training(chat_model, files, tmp_path):
 
 
 @pytest.mark.parametrize("objective", ["helpfulness", "safety"])
-def test_llama2_configs_carry_the_numbers_of_the_paper(objective):
-    path = str(ROOT / f"configs/llama2_7b_reward_{objective}.yaml")
+@pytest.mark.parametrize(("size", "rate"), [("7b", 1e-5), ("13b", 1e-5), ("70b", 5e-6)])
+def test_llama2_configs_carry_the_numbers_of_the_paper(size, rate, objective):
+    path = str(ROOT / f"configs/llama2_{size}_reward_{objective}.yaml")
     settings, model, _ = cli.parse(RewardSettings, ModelSettings, RunSettings, args=["--config", path])
     assert settings.per_device_train_batch_size * settings.gradient_accumulation_steps == 512
-    assert (settings.learning_rate, settings.min_lr_rate, settings.warmup_ratio) == (1e-5, 0.1, 0.03)
+    assert (settings.learning_rate, settings.min_lr_rate, settings.warmup_ratio) == (rate, 0.1, 0.03)
     assert (settings.adam_beta1, settings.adam_beta2, settings.adam_epsilon) == (0.9, 0.95, 1e-5)
     assert (settings.weight_decay, settings.max_grad_norm, settings.num_train_epochs) == (0.1, 1.0, 1)
     assert settings.min_warmup_steps == 5
     assert settings.safety_weight == (1.0 if objective == "safety" else 0.0)
     assert model.use_peft
+    assert settings.load_in_4bit == (size == "70b")
 
 
 def test_without_test_files_prompts_are_held_out_and_shares_are_kept(chat_model, files, tmp_path):
@@ -273,3 +279,90 @@ def test_without_test_files_prompts_are_held_out_and_shares_are_kept(chat_model,
     assert 0 < first < 24
     assert summary["test_pairs"] > 0
     assert summary["test_prompts_in_training"] == 0
+    (entry, other) = summary["mix"]
+    assert entry["file"] == str(files[0])
+    assert entry["read"] == 24
+    assert entry["held_out"] == 24 - entry["available"] > 0
+    assert entry["share"] == pytest.approx(first / (first + first // 3))
+    assert entry["share"] + other["share"] == pytest.approx(1)
+
+
+@pytest.fixture
+def untidy(files, tmp_path):
+    """Two training files with duplicates, leaks and a contradiction; the test file asks questions 100 to 115."""
+    first = [preference(1), preference(100), preference(2), preference(1, rating="better")]
+    swapped = preference(2)
+    swapped["chosen"], swapped["rejected"] = swapped["rejected"], swapped["chosen"]
+    near = preference(5)
+    near["prompt"] = [*preference(102)["prompt"], message("assistant", "well"), message("user", "go on")]
+    copied = preference(4, source="copy")
+    rows = [preference(3), preference(4), copied, preference(101), preference(2), swapped, near]
+    write(files[0], first)
+    second = write(tmp_path / "second.jsonl", rows)
+    return files[0], second, files[1]
+
+
+def test_duplicates_and_leaks_are_dropped_traced_and_reported(chat_model, untidy, tmp_path, caplog, capsys):
+    first, second, test = untidy
+    call = arguments(chat_model, (first, test), tmp_path, "--max_steps", 1)
+    call.insert(call.index(str(first)) + 1, str(second))
+    summary = main(call)
+    # first: 1, 2 stay. second: 3, 4, the swapped 2 and the near leak stay.
+    assert [list(entry.values())[1:] for entry in summary["mix"]] == [
+        # read, held out, leaked, near leaks, duplicates, contradictions, available, drawn, repeats, share
+        [4, 0, 1, 0, 1, 0, 2, 2, 0, pytest.approx(1 / 3)],
+        [7, 0, 1, 1, 2, 1, 4, 4, 0, pytest.approx(2 / 3)],
+    ]
+    assert summary["train_pairs"] == 6
+    assert summary["test_prompts_in_training"] == 0
+    dropped = jsonl(tmp_path / "run" / "dropped-train.jsonl")
+    assert [(row["file"], row["line"], row["reason"], row["detail"]) for row in dropped] == [
+        (str(first), 2, "test prompt", f"as {test}:1"),
+        (str(first), 4, "duplicate", f"as {first}:1"),
+        (str(second), 3, "duplicate", f"as {second}:2"),
+        (str(second), 4, "test prompt", f"as {test}:2"),
+        (str(second), 5, "duplicate", f"as {first}:3"),
+    ]
+    assert dropped[1]["row"]["rating"] == "better"
+    assert f"2 training pairs ({first}:2, {second}:4) with a prompt that is also tested: dropped" in caplog.text
+    assert f"3 training pairs ({first}:4, {second}:3, {second}:5) that repeat an earlier one: dropped" in caplog.text
+    assert "question" not in caplog.text  # no message is quoted
+    assert "near leaks" in capsys.readouterr().out
+
+
+def test_leaks_and_duplicates_can_be_kept_or_stop_the_run(chat_model, untidy, tmp_path, caplog):
+    first, second, test = untidy
+    call = arguments(chat_model, (first, test), tmp_path, "--max_steps", 1)
+    with pytest.raises(UserError, match=r"leaked_prompts: 1 training pairs \(.*train.jsonl:2\) with a prompt that is"):
+        main([*call, "--leaked_prompts", "stop"])
+    assert not (tmp_path / "run" / "summary.json").exists()
+    main(call)
+    assert len(jsonl(tmp_path / "run" / "dropped-train.jsonl")) == 2
+    summary = main([*call, "--leaked_prompts", "keep", "--deduplicate", "false"])
+    assert [summary["train_pairs"], summary["test_prompts_in_training"]] == [4, 1]
+    assert (summary["mix"][0]["leaked"], summary["mix"][0]["duplicates"]) == (1, 1)
+    assert "kept: the accuracy flatters" in caplog.text
+    assert not (tmp_path / "run" / "dropped-train.jsonl").exists()
+    call.insert(call.index(str(first)) + 1, str(first))  # the second file is the first again
+    with pytest.raises(UserError, match="source 2 without any row"):
+        main([*call, "--mix_weights", "1", "1"])
+
+
+def test_a_total_repeats_a_small_file_only_after_all_its_pairs(chat_model, files, tmp_path):
+    small = write(tmp_path / "small.jsonl", [preference(i, source="small") for i in range(50, 53)])
+    call = arguments(chat_model, files, tmp_path, "--max_steps", 1, "--mix_weights", "2", "1", "--mix_rows", "24")
+    call.insert(call.index(str(files[0])) + 1, str(small))
+    summary = main(call)
+    assert [(e["available"], e["drawn"], e["repeats"]) for e in summary["mix"]] == [(24, 16, 0), (3, 8, 5)]
+    assert summary["train_by_source"]["small"] == 8
+    assert summary["train_pairs"] == 24
+
+
+@pytest.mark.parametrize("pad", [True, False], ids=["own pad token", "as Llama 2's base"])
+def test_it_starts_from_a_base_and_from_an_earlier_reward_model(files, tmp_path, pad):
+    base = save_tiny_policy(tmp_path / "base", pad=pad)
+    first = main(arguments(base, files, tmp_path, "--max_steps", 2, "--learning_rate", "1e-2"))
+    ours = tmp_path / "run" / "model"
+    again = arguments(ours, files, tmp_path, "--max_steps", 1, "--learning_rate", "1e-12", "--weight_decay", "0")
+    again[again.index("--output_dir") + 1] = str(tmp_path / "again")
+    assert main(again)["scores"]["chosen"]["mean"] == pytest.approx(first["scores"]["chosen"]["mean"], abs=1e-5)
