@@ -26,6 +26,7 @@ from reward.data import EncodedPair
 from reward.loss import centring_loss_sum, ranking_loss_sum, safety_loss_sum
 from reward.model import takes_trees, tree_scores
 from reward.scorer import score_ids
+from rlhf.checksums import write_checksums
 from rlhf.hardware import token_budget
 from rlhf.reward_batches import Step, StepCollator, StepSampler
 
@@ -165,6 +166,13 @@ class RewardTrainer(Trainer):
         metrics = {f"eval_{name}": value for name, value in (self.evaluate_pairs or dict)().items()}
         self.log(metrics)
         return metrics
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """The Trainer's, then the checksums: a checkpoint without them was not finished (rlhf/checksums.py)."""
+        super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()  # each process has written its random state
+        if self.args.should_save:
+            write_checksums(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}")
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
         """Warm-up over 3 % of the steps, at least 5 (settings), then cosine down to a share of the peak."""

@@ -14,6 +14,7 @@ Writes a run folder: settings, metrics.jsonl, test pairs with scores, summary.js
 Expect an accuracy of 0.5 at the start and, on HH-RLHF, 0.6 to 0.7 after one epoch.
 """
 
+import logging
 import shutil
 import sys
 from collections import Counter
@@ -40,12 +41,15 @@ from reward import metrics  # noqa: E402
 from reward.data import EncodedPair, encode_pairs  # noqa: E402
 from reward.loss import margin_table  # noqa: E402
 from reward.model import add_lora, create_reward_model, save_reward_model  # noqa: E402
+from rlhf.checksums import damage  # noqa: E402
 from rlhf.hardware import attend_in_float32  # noqa: E402
 from rlhf.models import data_fingerprint, freeze_embeddings, load_tokenizer, model_card, resolve_dtype  # noqa: E402
 from rlhf.roles import unwrap  # noqa: E402
 from rlhf.reward_inputs import read_inputs  # noqa: E402
 from rlhf.reward_training import CHECKPOINTS, RewardTrainer, score_pairs, training_arguments  # noqa: E402
 from rlhf.run import NOT_COMPARED, RunFolder  # noqa: E402
+
+logger = logging.getLogger(__name__)
 
 
 def main(args: list[str] | None = None) -> dict[str, Any]:
@@ -185,15 +189,21 @@ def pair_summary(pairs: Sequence[EncodedPair], chosen: Sequence[float], rejected
 
 
 def last_checkpoint(output_dir: Path, resolved: dict[str, Any]) -> Path | None:
-    """The newest complete checkpoint of a run with these settings; None where there is none to continue from."""
+    """The newest whole checkpoint of a run with these settings; None where there is none to continue from.
+
+    A checkpoint whose files are not as they were written is refused with a warning, and the one before it is taken.
+    """
     try:
         settings = yaml.safe_load((output_dir / "settings.yaml").read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
-    # The Trainer writes trainer_state.json last: without it the process was killed while saving.
-    complete = [path.parent for path in (output_dir / CHECKPOINTS).glob("checkpoint-*/trainer_state.json")]
-    same = all(settings.get(name) == value for name, value in resolved.items() if name not in NOT_COMPARED)
-    return max(complete, key=_step, default=None) if same else None
+    if any(settings.get(name) != value for name, value in resolved.items() if name not in NOT_COMPARED):
+        return None
+    for folder in sorted((output_dir / CHECKPOINTS).glob("checkpoint-*"), key=_step, reverse=True):
+        if (fault := damage(folder)) is None:
+            return folder
+        logger.warning("%s is not used: %s", folder, fault)
+    return None
 
 
 def _step(checkpoint: Path) -> int:

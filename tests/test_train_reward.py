@@ -2,8 +2,10 @@
 
 import gzip
 import json
+import random
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -20,6 +22,7 @@ from configs.reward_settings import RewardSettings
 from reward.model import load_reward_model
 from reward.scorer import score_ids
 from rlhf import cli
+from rlhf.checksums import write_checksums
 from rlhf.train_reward import last_checkpoint, main
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -149,7 +152,7 @@ def test_an_interrupted_run_continues_and_other_settings_start_afresh(chat_model
     run = tmp_path / "run"
     settings = yaml.safe_load((run / "settings.yaml").read_text())
     assert last_checkpoint(run, settings).name == "checkpoint-6"
-    (run / "checkpoints" / "checkpoint-6" / "trainer_state.json").unlink()  # killed while it saved
+    (run / "checkpoints" / "checkpoint-6" / "checksums.json").unlink()  # killed while it saved
     (run / "summary.json").unlink()
     assert last_checkpoint(run, settings).name == "checkpoint-4"
     assert last_checkpoint(run, settings | {"learning_rate": 1.0}) is None
@@ -157,6 +160,69 @@ def test_an_interrupted_run_continues_and_other_settings_start_afresh(chat_model
     assert second["scores"] == first["scores"]
     steps = [row["step"] for row in jsonl(run / "metrics.jsonl") if "train/accuracy" in row]
     assert steps == [1, 2, 3, 4, 5, 6]
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-3])
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("file", "harm", "fault"),
+    [
+        ("model.safetensors", cut, "model.safetensors was truncated or changed"),
+        ("optimizer.pt", flip, "optimizer.pt was truncated or changed"),
+        ("trainer_state.json", Path.unlink, "trainer_state.json is missing"),
+        ("more.safetensors", Path.touch, "more.safetensors was added"),
+        ("checksums.json", cut, "checksums.json is not readable"),
+    ],
+)
+def test_a_damaged_checkpoint_is_refused_and_the_one_before_it_used(tmp_path, caplog, file, harm, fault):
+    (tmp_path / "settings.yaml").write_text("seed: 0\n")
+    for step in (4, 10):
+        folder = tmp_path / "checkpoints" / f"checkpoint-{step}"
+        folder.mkdir(parents=True)
+        for name in ("model.safetensors", "optimizer.pt", "trainer_state.json"):
+            (folder / name).write_bytes(f"{name} {step}".encode())
+        write_checksums(folder)
+    assert last_checkpoint(tmp_path, {"seed": 0}).name == "checkpoint-10"
+    harm(tmp_path / "checkpoints" / "checkpoint-10" / file)
+    assert last_checkpoint(tmp_path, {"seed": 0}).name == "checkpoint-4"
+    assert f"checkpoint-10 is not used: {fault}" in caplog.text
+
+
+@pytest.mark.slow
+def test_killed_at_random_points_it_ends_with_the_weights_of_an_undisturbed_run(chat_model, files, tmp_path):
+    def command(name):
+        call = arguments(chat_model, files, tmp_path, "--save_steps", 1, "--num_train_epochs", 4)
+        call[call.index("--output_dir") + 1] = str(tmp_path / name)
+        return [sys.executable, "rlhf/train_reward.py", *call]
+
+    quiet = {"cwd": ROOT, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    subprocess.run(command("whole"), **quiet, check=True, timeout=120)
+    rng, folder, kills = random.Random(0), tmp_path / "killed" / "checkpoints", 0
+    while kills < 4:
+        process = subprocess.Popen(command("killed"), **quiet)
+        target = int(max((p.name.split("-")[1] for p in folder.glob("checkpoint-*")), key=int, default=0)) + 2
+        while process.poll() is None and not (folder / f"checkpoint-{target}").exists():
+            time.sleep(0.002)
+        time.sleep(rng.random() * 0.1)  # while it saves, between two steps, inside a step
+        if process.poll() is None:
+            process.kill()
+            kills += 1
+        process.wait()
+    subprocess.run(command("killed"), **quiet, check=True, timeout=120)
+    whole, killed = ((tmp_path / name / "model" / "model.safetensors").read_bytes() for name in ("whole", "killed"))
+    assert whole == killed
+    logs = [jsonl(tmp_path / name / "metrics.jsonl") for name in ("whole", "killed")]
+    losses = [[row["train/loss"] for row in log if "train/accuracy" in row] for log in logs]
+    assert losses[0] == losses[1]
+    assert len(losses[0]) == 24
 
 
 @pytest.mark.parametrize("extra", [[], ["--use_peft", "true", "--lora_r", "4"]], ids=["full", "lora"])
