@@ -26,6 +26,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICA
 
 from configs.chat import sentencepiece_file
 from configs.errors import UserError
+from reward.attention import TREE_ATTENTION, use_tree_attention, whole_mask
 from reward.quantized import four_bit_options, is_quantized, keep_layout, plain_model
 
 
@@ -44,8 +45,8 @@ class ScoreAtEnd:
     ) -> SequenceClassifierOutputWithPast:
         """input_ids, attention_mask [B, T], padded on the right -> `.logits` [B, 1], float32 raw scores r.
 
-        With position_ids [B, T] and ends [B, S], attention_mask is [B, 1, T, T] bool (True: the key is seen), and
-        `.logits` [B, S] are the scores at the positions `ends`.
+        With position_ids [B, T] and ends [B, S], attention_mask is [B, 1, Q, T] bool (True: the key is seen; Q <= T:
+        see reward/attention.py), and `.logits` [B, S] are the scores at the positions `ends`.
         """
         backbone = getattr(self, self.base_model_prefix)  # type: ignore[attr-defined]
         if ends is None:
@@ -53,7 +54,10 @@ class ScoreAtEnd:
             ends = attention_mask.sum(dim=1, keepdim=True) - 1
         else:
             mask = attention_mask
-            if self.config._attn_implementation == "eager":  # type: ignore[attr-defined]
+            attention = self.config._attn_implementation  # type: ignore[attr-defined]
+            if TREE_ATTENTION not in attention and mask.shape[2] < mask.shape[3]:
+                mask = whole_mask(mask, mask.shape[3])
+            if attention == "eager":
                 # Eager attention adds its mask: a bool one would hide nothing, without an error.
                 mask = torch.where(mask, 0.0, torch.finfo(self.dtype).min).to(self.dtype)  # type: ignore[attr-defined]
             inputs = {"attention_mask": mask, "position_ids": position_ids}
@@ -228,6 +232,7 @@ def _load(
     if not isinstance(getattr(model, "score", None), nn.Linear):
         raise UserError(f"{path}: {plain.__name__} has no linear head called `score`; decoder-only models have one")
     model.score.float()
+    use_tree_attention(model)
     return model
 
 

@@ -20,6 +20,8 @@ IdList = Sequence[int] | np.ndarray  # the token ids of one dialogue
 # Every token of a row is compared with every other, so long responses side by side cost more attention than their
 # prompt saves: a tree's responses take at most this many tokens, or twice the prompt's.
 RESPONSE_TOKENS = 256
+# Prompts from this length on are left to the causal kernel (reward/attention.py); below, two calls cost more than one.
+CAUSAL_FROM = 256
 
 
 def shared_tokens(dialogues: Sequence[IdList]) -> int:
@@ -59,8 +61,9 @@ def split_into_trees(dialogues: Sequence[IdList]) -> list[list[int]]:
 def collate_trees(trees: Sequence[Sequence[IdList]], pad_id: int) -> dict[str, Tensor]:
     """Each entry of `trees` (dialogues that begin alike) becomes one row, padded on the right.
 
-    input_ids, position_ids [B, T]; visible [B, 1, T, T] bool, True where a query (third axis) sees a key (fourth);
-    ends [B, K], the position of each dialogue's last token, 0 where a tree has fewer than K.
+    input_ids, position_ids [B, T]; visible [B, 1, Q, T] bool, True where a query (third axis) sees a key (fourth), for
+    the last Q tokens: all T, or those after the shortest prompt where that is long; ends [B, K], the position of each
+    dialogue's last token, 0 where a tree has fewer than K.
     """
     shape = (len(trees), max(map(tree_length, trees)))
     input_ids_BT: np.ndarray = np.full(shape, pad_id, dtype=np.int64)
@@ -77,10 +80,13 @@ def collate_trees(trees: Sequence[Sequence[IdList]], pad_id: int) -> dict[str, T
             input_ids_BT[b, own], position_ids_BT[b, own] = ids[shared:], np.arange(shared, len(ids))
             branch_BT[b, own], end, ends_BK[b, k] = k + 1, own.stop, own.stop - 1
     branch = torch.from_numpy(branch_BT)
-    key, query = branch[:, None, :], branch[:, :, None]
+    shortest = min(map(shared_tokens, trees))
+    causal = shortest if shortest >= CAUSAL_FROM else 0
+    key, query = branch[:, None, :], branch[:, causal:, None]
+    order = torch.arange(shape[1])
     return {
         "input_ids": torch.from_numpy(input_ids_BT),
         "position_ids": torch.from_numpy(position_ids_BT),
-        "visible": ((key == 0) | (key == query)).tril()[:, None],
+        "visible": (((key == 0) | (key == query)) & (order[None] <= order[causal:, None]))[:, None],
         "ends": torch.from_numpy(ends_BK),
     }

@@ -8,13 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+
+from reward.attention import TREE_ATTENTION, tree_attention
 
 # A core's cache holds the activations of under a thousand tokens of a small model, and short micro-batches hold less
 # padding: 768 took 2.6 s where 8192 took 6.8 s (an update over 256 responses, 1.2 M parameters). A GPU wants more.
 CPU_TOKENS, GPU_TOKENS = 768, 8192
-FLOAT_ATTENTION = "sdpa_in_float32"
+FLOAT_ATTENTION = f"{TREE_ATTENTION}_in_float32"
 
 
 def token_budget(chosen: int, device: torch.device) -> int:
@@ -34,7 +35,7 @@ def mixed_precision(bf16: bool, device_type: str) -> AbstractContextManager:
 
 def attend_in_float32(model: Any) -> None:
     """Let sdpa attention of `model` leave autocast: on a CPU its backward is five times slower in bfloat16."""
-    if model.config._attn_implementation == "sdpa":
+    if model.config._attn_implementation in ("sdpa", TREE_ATTENTION):
         AttentionInterface.register(FLOAT_ATTENTION, _float_attention)
         AttentionMaskInterface.register(FLOAT_ATTENTION, sdpa_mask)  # without a mask function, masks would be dropped
         model.set_attn_implementation(FLOAT_ATTENTION)
@@ -44,7 +45,7 @@ def _float_attention(
     module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
 ) -> tuple[Tensor, None]:
     with torch.autocast(query.device.type, enabled=False):
-        output, _ = sdpa_attention_forward(module, query.float(), key.float(), value.float(), attention_mask, **options)
+        output, _ = tree_attention(module, query.float(), key.float(), value.float(), attention_mask, **options)
     return output.to(query.dtype), None
 
 

@@ -19,10 +19,12 @@ from transformers import (
 )
 
 from reward import tree
+from reward.attention import whole_mask
 from reward.collate import collate_pair_trees
 from reward.data import EncodedPair
 from reward.model import add_lora, load_reward_model, takes_trees, tree_scores
 from reward.scorer import score_ids
+from rlhf.hardware import attend_in_float32
 
 SMALL = {"vocab_size": 32, "num_labels": 1, "pad_token_id": 0}
 LLAMA = {**SMALL, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -98,24 +100,44 @@ def test_a_tree_ends_where_its_responses_would_cost_more_than_the_prompt_saves(m
     assert tree.split_into_trees(long) == [[0, 1, 2, 3]]
 
 
+def test_long_prompts_need_no_mask(monkeypatch):
+    # Prompts of 2 and 3 tokens: the first 2 queries of both rows see what comes before them, and are left out.
+    pairs = [pair([5, 6], [7, 8], [9]), pair([1, 2, 3], [4], [5])]
+    whole = collate_pair_trees(pairs, pad_id=0)["visible"]
+    monkeypatch.setattr(tree, "CAUSAL_FROM", 2)
+    short = collate_pair_trees(pairs, pad_id=0)["visible"]
+    assert short.shape == (2, 1, 3, 5)
+    assert torch.equal(short, whole[:, :, 2:])
+    assert torch.equal(whole_mask(short, 5), whole)
+    monkeypatch.setattr(tree, "CAUSAL_FROM", 3)
+    assert torch.equal(collate_pair_trees(pairs, pad_id=0)["visible"], whole)
+
+
 token = st.integers(1, 31)
 
 
 @settings(max_examples=40, deadline=None)
 @given(st.lists(st.tuples(st.lists(token, max_size=9), *[st.lists(token, min_size=1, max_size=6)] * 2), min_size=1,
-                max_size=4))  # fmt: skip
-def test_scores_are_those_of_separate_rows(llama, drawn):
+                max_size=4), st.sampled_from([1, 4, 256]))  # fmt: skip
+def test_scores_are_those_of_separate_rows(llama, drawn, causal_from):
     pairs = [pair(*parts) for parts in drawn]
-    torch.testing.assert_close(scores(llama, pairs), scores_apart(llama, pairs), atol=2e-5, rtol=1e-4)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tree, "CAUSAL_FROM", causal_from)
+        found = scores(llama, pairs)
+    torch.testing.assert_close(found, scores_apart(llama, pairs), atol=2e-5, rtol=1e-4)
 
 
 PAIRS = [pair([5, 6, 9, 3], [7, 8], [9, 2, 2, 4]), pair([1], [3, 3, 3], [4])]
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("causal_from", [1, 2, 256])
+@pytest.mark.parametrize("attention", ["sdpa", "eager", "float32"])
 @pytest.mark.parametrize("name", ["llama", "gpt2", "mistral"])
-def test_gradients_are_those_of_separate_rows(tmp_path_factory, name, attention):
-    model = load(tmp_path_factory, name, attention)
+def test_gradients_are_those_of_separate_rows(tmp_path_factory, monkeypatch, name, attention, causal_from):
+    monkeypatch.setattr(tree, "CAUSAL_FROM", causal_from)
+    model = load(tmp_path_factory, name, "sdpa" if attention == "float32" else attention)
+    if attention == "float32":
+        attend_in_float32(model)
     assert takes_trees(model)
     found = []
     for compute in (scores, scores_apart):
