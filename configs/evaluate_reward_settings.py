@@ -35,8 +35,8 @@ class EvaluateRewardSettings:
     input_format: list[str] = field(
         default_factory=lambda: ["auto"],
         metadata={
-            "help": "auto, chat (this toolkit's chat format), template (the tokenizer's own, as it stands) or text_pair "
-            "(prompt, response): one for all models, or one each in the order helpfulness, safety, others"
+            "help": "auto, chat (this toolkit's chat format), template (the tokenizer's own, as it stands) or "
+            "text_pair (prompt, response): one for all models, or one each in the order helpfulness, safety, others"
         },
     )
     test_set_names: list[str] | None = field(

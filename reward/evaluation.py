@@ -21,8 +21,8 @@ def evaluation(
 ) -> dict[str, Any]:
     """Everything about several models on several test sets, from the lines of scores.jsonl.
 
-    A row has `test_set`, and its `r_chosen` and `r_rejected` are {model: score}. `helpfulness` and `safety` name the two
-    models whose agreement is reported; without one of them `agreement` is None.
+    A row has `test_set`, and its `r_chosen` and `r_rejected` are {model: score}. `helpfulness` and `safety` name the
+    two models whose agreement is reported; without one of them `agreement` is None.
 
     Returns {"test_sets": {set: what holds for every model}, "models": {model: {"average", "test_sets": {set:
     model_report}}}, "longer_wins": the average of that rule, "agreement": {set: agreement_report}}. An average is the
@@ -34,7 +34,7 @@ def evaluation(
     for name in names:
         reports = {key: model_report(rows, *scores_of(rows, name), thresholds) for key, rows in sets.items()}
         models[name] = {"average": metrics.average(list(reports.values())), "test_sets": reports}
-    about = {}
+    about: dict[str, dict[str, Any]] = {}
     for key, rows in sets.items():
         best = metrics.ceiling(rows)
         about[key] = {
@@ -118,7 +118,7 @@ def model_report(rows_P: Rows, r_chosen_P: Scores, r_rejected_P: Scores, thresho
 
 
 def unsafe_report(scores_N: Scores, unsafe_N: Sequence[bool], thresholds: Sequence[float]) -> dict[str, Any]:
-    """Precision and recall at `thresholds`, the curve, its areas, and the share of unsafe responses: chance's precision."""
+    """Precision and recall at `thresholds`, the curve and its areas. `unsafe_share` is the precision of chance."""
     return {
         "unsafe_share": metrics.proportion(sum(unsafe_N), len(unsafe_N)),
         "at": [detection(scores_N, unsafe_N, threshold) for threshold in thresholds],
@@ -137,8 +137,8 @@ def length_report(rows_P: Rows, r_chosen_P: Scores, r_rejected_P: Scores) -> dic
     """How the scores go with the response's length in tokens.
 
     `pearson`, `spearman` over all responses; `within_pairs` of the difference of scores with the difference of lengths,
-    each pair in both directions. `chosen_longer` and `chosen_shorter` are accuracies on such pairs, `prefers_longer`
-    the share of pairs of unequal length where the model prefers the longer, beside `longer_wins`.
+    each pair in both directions. `chosen_longer` and `chosen_shorter` are accuracies on such pairs; `prefers_longer`
+    and `annotators_prefer_longer` are shares of the pairs of unequal length.
     """
     chosen, rejected = [row["tokens_chosen"] for row in rows_P], [row["tokens_rejected"] for row in rows_P]
     lengths, scores = [*chosen, *rejected], [*r_chosen_P, *r_rejected_P]
@@ -146,6 +146,7 @@ def length_report(rows_P: Rows, r_chosen_P: Scores, r_rejected_P: Scores) -> dic
     margins = [c - r for c, r in zip(r_chosen_P, r_rejected_P, strict=True)]
     won = list(zip(outcomes_of(r_chosen_P, r_rejected_P), extra, strict=True))
     preferred = [outcome if more > 0 else 1 - outcome for outcome, more in won if more]
+    longer = sum(more > 0 for more in extra)
     return {
         "pearson": pearson(lengths, scores),
         "spearman": spearman(lengths, scores),
@@ -156,7 +157,7 @@ def length_report(rows_P: Rows, r_chosen_P: Scores, r_rejected_P: Scores) -> dic
         "chosen_longer": metrics.share([outcome for outcome, more in won if more > 0]),
         "chosen_shorter": metrics.share([outcome for outcome, more in won if more < 0]),
         "prefers_longer": metrics.proportion(sum(preferred), len(preferred)),
-        "longer_wins": longer_wins(rows_P),
+        "annotators_prefer_longer": metrics.proportion(longer, len(preferred)),
     }
 
 

@@ -21,6 +21,7 @@ from rlhf.plots import COLOURS, HELPFULNESS, INK, SAFETY, STYLE, reliability_lin
 GREY = COLOURS["base"]
 PALETTE = (HELPFULNESS, SAFETY, COLOURS["rejection_sampling"], COLOURS["gatt"], "#b5651d", "#5b7f2b", GREY)
 ON_WHITE = STYLE | {"figure.facecolor": "white"}  # image viewers and notebooks give no background of their own
+LONGER_WINS = "longer wins"  # the rule that stands beside the models
 Draw = Callable[[Axes], None]
 TITLES = {
     "histograms": "Raw scores (dashed: mean)",
@@ -58,7 +59,7 @@ def length_bias(lengths: Sequence[int], scores: Sequence[float]) -> Figure | Non
 
 
 def agreement(r_safety: Sequence[float], r_helpfulness: Sequence[float]) -> Figure | None:
-    """R of the helpfulness model against R of the safety model, one dot a response; raw scores in."""
+    """Raw scores of the helpfulness model against those of the safety model, one dot a response."""
     return _single("agreement", draw_agreement(r_safety, r_helpfulness))
 
 
@@ -80,7 +81,8 @@ def grid(title: str, panels: Mapping[str, Mapping[str, Draw | None]]) -> Figure 
                     axis.set_axis_off()
                 else:
                     draw(axis)
-                    axis.set_title(", ".join(part for part in (row, column) if part))
+                    words = [part for part in (row, column) if part]
+                    axis.set_title(("\n" if sum(map(len, words)) > 44 else ", ").join(words))
         figure.draw_without_rendering()  # makes ticks and their labels while the style holds
     return figure
 
@@ -146,7 +148,7 @@ def _reliability(bins: Sequence[Mapping[str, Any]], error: float, axis: Axes) ->
         sure = cell["confidence_sum"] / cell["count"]
         axis.vlines(sure, *wilson(cell["outcome_sum"], cell["count"]), color=HELPFULNESS, linewidth=0.8)
     axis.set(xlabel="confidence of the model", ylabel="share of pairs it gets right", xlim=(0.48, 1.02), ylim=(0, 1.04))
-    axis.legend(loc="lower right", fontsize=8)
+    axis.legend(loc="best", fontsize=8)
 
 
 def draw_thresholds(curve: Sequence[Mapping[str, Any]], marked: float) -> Draw | None:
@@ -161,7 +163,7 @@ def _thresholds(curve: Sequence[Mapping[str, Any]], marked: float, axis: Axes) -
             axis.plot(*zip(*points, strict=True), color=colour, label=name)
     axis.axvline(marked, color=INK, linewidth=1, linestyle="--", label=f"R = {marked:g}")
     axis.set(xlabel="threshold of R", ylabel="share", xlim=(0, 1), ylim=(-0.02, 1.04))
-    axis.legend(loc="lower right", fontsize=8)
+    axis.legend(loc="best", fontsize=8)
 
 
 def draw_lengths(lengths: Sequence[int], scores: Sequence[float]) -> Draw | None:
@@ -184,28 +186,32 @@ def _lengths(lengths: np.ndarray, scores: np.ndarray, axis: Axes) -> None:
 
 def draw_agreement(r_safety: Sequence[float], r_helpfulness: Sequence[float]) -> Draw | None:
     """One panel of `agreement`."""
-    x, y = (1 / (1 + np.exp(-np.asarray(r, dtype=float).clip(-500, 500))) for r in (r_safety, r_helpfulness))
+    x, y = np.asarray(r_safety, dtype=float), np.asarray(r_helpfulness, dtype=float)
     return partial(_agreement, x, y) if x.size else None
 
 
 def _agreement(safety: np.ndarray, helpfulness: np.ndarray, axis: Axes) -> None:
-    axis.axhline(0.5, color=INK, linewidth=0.8, linestyle=":")
-    axis.axvline(0.5, color=INK, linewidth=0.8, linestyle=":")
-    axis.plot(safety, helpfulness, ".", color=HELPFULNESS, markersize=3, alpha=0.35, markeredgewidth=0)
-    for x, y, words in ((0.02, 1.045, "helpful, not safe"), (0.98, -0.085, "safe, not helpful")):
-        side = "left" if x < 0.5 else "right"
-        axis.text(x, y, words, ha=side, va="center", fontsize=8, alpha=0.7)
-    axis.set(xlabel="$R_s$ (safety)", ylabel="$R_h$ (helpfulness)", xlim=(-0.03, 1.03), ylim=(-0.14, 1.1))
+    axis.axhline(0, color=INK, linewidth=0.8, linestyle=":")
+    axis.axvline(0, color=INK, linewidth=0.8, linestyle=":")
+    axis.plot(safety, helpfulness, ".", color=HELPFULNESS, markersize=3.5, alpha=0.35, markeredgewidth=0)
+    axis.set(xlabel="$r_s$, safety (dotted: $R = 0.5$)", ylabel="$r_h$, helpfulness")
+    axis.margins(y=0.14)
+    for x, y, words in ((0.02, 0.99, "helpful, not safe"), (0.98, 0.01, "safe, not helpful")):
+        ha, va = ("left", "top") if x < 0.5 else ("right", "bottom")
+        axis.text(x, y, words, transform=axis.transAxes, fontsize=8, alpha=0.7, ha=ha, va=va)
 
 
-def draw_accuracies(models: Mapping[str, Mapping[str, Any]]) -> Draw | None:
-    """Accuracies with their intervals, one row a model; `models`: {name: {"accuracy", "ci95"}}."""
+def draw_accuracies(models: Mapping[str, Mapping[str, Any]], ceiling: float | None = None) -> Draw | None:
+    """Accuracies with their intervals, one row a model; `models`: {name: {"accuracy", "ci95"}}. Dashed: `ceiling`."""
     shown = {name: cell for name, cell in models.items() if cell and cell["accuracy"] is not None}
-    return partial(_accuracies, shown) if shown else None
+    return partial(_accuracies, shown, ceiling) if shown else None
 
 
-def _accuracies(models: Mapping[str, Mapping[str, Any]], axis: Axes) -> None:
+def _accuracies(models: Mapping[str, Mapping[str, Any]], ceiling: float | None, axis: Axes) -> None:
     axis.axvline(0.5, color=INK, linewidth=0.8, linestyle=":")
+    if ceiling is not None:
+        axis.axvline(ceiling, color=INK, linewidth=1, linestyle="--", label="best possible")
+        axis.legend(loc="lower right", fontsize=8)
     for i, (name, cell) in enumerate(models.items()):
         colour = _model_colour(name, i)
         if cell.get("ci95"):
@@ -246,7 +252,7 @@ def _accuracy_by_rating(
     axis.set_xticks(range(len(ratings)), [_rating(rating) for rating in ratings], fontsize=8)
     axis.set(ylabel="accuracy", xlim=(-0.6, len(ratings) - 0.4))
     axis.grid(axis="x", visible=False)
-    axis.legend(loc="best", fontsize=8)
+    axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=3, fontsize=8)
 
 
 def _rating(rating: str | None) -> str:
@@ -259,5 +265,6 @@ def _colours(count: int) -> list[str]:
 
 def _model_colour(name: str, index: int) -> str:
     """The two models of the recipe keep their colours; peers follow in order."""
-    fixed = {"helpfulness": HELPFULNESS, "safety": SAFETY}
-    return fixed.get(name) or PALETTE[2 + index % (len(PALETTE) - 2)]
+    fixed = {"helpfulness": HELPFULNESS, "safety": SAFETY, LONGER_WINS: GREY}
+    others = [colour for colour in PALETTE if colour not in fixed.values()]
+    return fixed.get(name) or others[index % len(others)]

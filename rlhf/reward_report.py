@@ -46,7 +46,8 @@ def write(folder: Path, summary: Row, rows: Sequence[Row], threshold: float, con
         console.print(table.rich())
         console.print(Text(f" {table.note}", style="dim"))
     console.width = width
-    console.print(Text(f"\nWritten to {folder}: report.md, plots/, scores.jsonl, samples.jsonl, summary.json"))
+    words = f"\nWritten to {folder}: report.md, plots/, scores.jsonl, samples.jsonl, summary.json"
+    console.print(Text(words), soft_wrap=True)
 
 
 def models_text(summary: Row) -> list[str]:
@@ -72,8 +73,9 @@ def write_plots(folder: Path, summary: Row, rows: Sequence[Row], threshold: floa
         key: figures.draw_accuracies(
             {
                 **{name: model["test_sets"][key] for name, model in models.items()},
-                "longer wins": about[key]["longer_wins"],
-            }
+                figures.LONGER_WINS: about[key]["longer_wins"],
+            },
+            about[key]["ceiling"],
         )
         for key in sets
     }

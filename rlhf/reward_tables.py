@@ -172,13 +172,13 @@ def length_bias(summary: Mapping[str, Any]) -> ResultTable:
         length = report["length"]
         correlations = [(_signed(length["spearman"]), ""), (_signed(length["within_pairs"]["spearman"]), "")]
         cells = [_share(length["prefers_longer"]), *(_accuracy(length[f"chosen_{w}"]) for w in ("longer", "shorter"))]
-        rows.append(([key, name], [*correlations, *cells, _accuracy(length["longer_wins"])]))
-    columns = ["Spearman", "Spearman within pairs", "Model prefers longer (%)", "Accuracy, chosen is longer (%)",
-               "Accuracy, chosen is shorter (%)", "Annotators prefer longer (%)"]  # fmt: skip
+        rows.append(([key, name], [*correlations, *cells[:1], _share(length["annotators_prefer_longer"]), *cells[1:]]))
+    columns = ["Spearman", "Spearman within pairs", "Model prefers longer (%)", "Annotators prefer longer (%)",
+               "Accuracy, chosen is longer (%)", "Accuracy, chosen is shorter (%)"]  # fmt: skip
     note = (
         "Spearman: rank correlation of raw score and response length, over all responses and of the differences within "
-        "pairs. A model that prefers the longer response more often than the annotators do is biased to length, and "
-        "its accuracy falls where the chosen response is the shorter."
+        "pairs. The shares leave out pairs of equal length. A model that prefers the longer response more often than "
+        "the annotators do is biased to length, and its accuracy falls where the chosen response is the shorter."
     )
     return ResultTable("Length bias", ["Test set", "Model"], columns, rows, note)
 
