@@ -238,11 +238,11 @@ def _load(
             )
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: no weights can be loaded: {str(error).splitlines()[0]}") from error
+    if not isinstance(getattr(model, "score", None), nn.Linear):
+        raise UserError(f"{path}: {plain.__name__} has no linear head called `score`; decoder-only models have one")
     missing = [name for name in report["missing_keys"] if not (new_head and name.startswith("score."))]
     if missing:
         raise UserError(f"{path}: the weights lack {', '.join(sorted(missing)[:3])}; scores would be random")
-    if not isinstance(getattr(model, "score", None), nn.Linear):
-        raise UserError(f"{path}: {plain.__name__} has no linear head called `score`; decoder-only models have one")
     model.score.float()
     return model
 

@@ -22,6 +22,15 @@ from rlhf.run import write_atomic
 Row = Mapping[str, Any]
 WIDTH = 140  # columns where there is no terminal to ask
 SOURCES_SHOWN = 24  # rows of the table by source on the console
+LEFT_OUT = {"too_long": "more set aside: a model cannot read them", "shortened": "without their oldest turns"}
+PER_MODEL = {
+    "scores": "Raw scores of chosen and rejected responses (dashed: mean)",
+    "scores_by_safety": "Raw scores of safe and unsafe responses (dashed: mean)",
+    "margins": figures.TITLES["margins"],
+    "calibration": figures.TITLES["reliability"],
+    "unsafe": figures.TITLES["thresholds"],
+    "length": figures.TITLES["lengths"],
+}
 
 
 def write(folder: Path, summary: Row, rows: Sequence[Row], threshold: float, console: Console) -> None:
@@ -59,9 +68,6 @@ def models_text(summary: Row) -> list[str]:
         left_out = [f"{about[what]} {words}" for what, words in LEFT_OUT.items() if about.get(what)]
         lines.append(f"- test set {key}: {about['pairs']:,} pairs" + (f" ({', '.join(left_out)})" if left_out else ""))
     return lines
-
-
-LEFT_OUT = {"too_long": "more do not fit a model", "shortened": "with the oldest turns dropped"}
 
 
 def write_plots(folder: Path, summary: Row, rows: Sequence[Row], threshold: float) -> dict[str, str]:
@@ -123,16 +129,6 @@ def write_plots(folder: Path, summary: Row, rows: Sequence[Row], threshold: floa
             to_png(figure, folder / f"{kind}.png")
             written[f"{kind}.png"] = title
     return written
-
-
-PER_MODEL = {
-    "scores": "Raw scores of chosen and rejected responses (dashed: mean)",
-    "scores_by_safety": "Raw scores of safe and unsafe responses (dashed: mean)",
-    "margins": figures.TITLES["margins"],
-    "calibration": figures.TITLES["reliability"],
-    "unsafe": figures.TITLES["thresholds"],
-    "length": figures.TITLES["lengths"],
-}
 
 
 def _rating_cells(report: Row) -> dict[str, dict[str, Any]]:

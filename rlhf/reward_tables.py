@@ -145,20 +145,24 @@ def unsafe_responses(summary: Mapping[str, Any]) -> ResultTable:
 
 def calibration_and_margins(summary: Mapping[str, Any]) -> ResultTable:
     """Calibration error, and the mean margin r_c - r_r by rating."""
+    reports = _reports(summary)
+    with_choices = any(report["calibration_of_choices"] for _, _, report in reports)
+    rated = [rating for rating in RATINGS if any(rating in report["by_rating"] for _, _, report in reports)]
     rows = []
-    with_choices = any(report["calibration_of_choices"] for _, _, report in _reports(summary))
-    for key, name, report in _reports(summary):
-        errors = [_number(report["calibration_error"])]
+    for key, name, report in reports:
+        figures = [_number(report["calibration_error"])]
         if with_choices:
-            errors.append(_number((report["calibration_of_choices"] or {}).get("error")))
-        margins = [report["margin_by_rating"].get(rating, {}).get("mean") for rating in RATINGS]
-        figures = [*errors, _signed(report["margin"].get("mean")), *map(_signed, margins)]
+            figures.append(_number((report["calibration_of_choices"] or {}).get("error")))
+        figures.append(_signed(report["margin"].get("mean")))
+        figures += [_signed(report["margin_by_rating"].get(rating, {}).get("mean")) for rating in rated]
         rows.append(([key, name], [(figure, "") for figure in figures]))
     note = (
-        "ECE: mean distance of the confidence sigmoid(|r_c - r_r|) and the accuracy, in ten bins; 0 is perfect. The "
-        "margin is the mean of r_c - r_r; where ratings mean something it falls from left to right."
+        "ECE: mean distance of the confidence sigmoid(|r_c - r_r|) and the accuracy, in ten bins; 0 is perfect. "
+        "Margin: the mean of r_c - r_r."
     )
-    columns = ["ECE", "Mean margin", *(f"Margin, {rating.replace('_better', '')}" for rating in RATINGS)]
+    columns = ["ECE", "Margin", *(f"Margin, {rating.replace('_better', '')}" for rating in rated)]
+    if rated:
+        note += " Where ratings mean something it falls from left to right."
     if with_choices:
         columns.insert(1, "ECE against p_chosen")
         note += " ECE against p_chosen: the same against the annotators' probabilities instead of their choices."
@@ -173,11 +177,11 @@ def length_bias(summary: Mapping[str, Any]) -> ResultTable:
         correlations = [(_signed(length["spearman"]), ""), (_signed(length["within_pairs"]["spearman"]), "")]
         cells = [_share(length["prefers_longer"]), *(_accuracy(length[f"chosen_{w}"]) for w in ("longer", "shorter"))]
         rows.append(([key, name], [*correlations, *cells[:1], _share(length["annotators_prefer_longer"]), *cells[1:]]))
-    columns = ["Spearman", "Spearman within pairs", "Model prefers longer (%)", "Annotators prefer longer (%)",
-               "Accuracy, chosen is longer (%)", "Accuracy, chosen is shorter (%)"]  # fmt: skip
+    columns = ["Spearman", "Spearman within pairs", "Model: longer (%)", "Annotators: longer (%)",
+               "Accuracy, chosen longer (%)", "Accuracy, chosen shorter (%)"]  # fmt: skip
     note = (
         "Spearman: rank correlation of raw score and response length, over all responses and of the differences within "
-        "pairs. The shares leave out pairs of equal length. A model that prefers the longer response more often than "
+        "pairs. Model and annotators: share of pairs of unequal length in which they prefer the longer. A model that prefers the longer response more often than "
         "the annotators do is biased to length, and its accuracy falls where the chosen response is the shorter."
     )
     return ResultTable("Length bias", ["Test set", "Model"], columns, rows, note)
