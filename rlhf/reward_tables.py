@@ -181,8 +181,9 @@ def length_bias(summary: Mapping[str, Any]) -> ResultTable:
                "Accuracy, chosen longer (%)", "Accuracy, chosen shorter (%)"]  # fmt: skip
     note = (
         "Spearman: rank correlation of raw score and response length, over all responses and of the differences within "
-        "pairs. Model and annotators: share of pairs of unequal length in which they prefer the longer. A model that prefers the longer response more often than "
-        "the annotators do is biased to length, and its accuracy falls where the chosen response is the shorter."
+        "pairs. Model and annotators: share of the pairs of unequal length in which they prefer the longer. A model "
+        "that does so more often than the annotators is biased to length, and its accuracy falls where the chosen "
+        "response is the shorter."
     )
     return ResultTable("Length bias", ["Test set", "Model"], columns, rows, note)
 
