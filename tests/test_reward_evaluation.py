@@ -122,17 +122,17 @@ def row(rating="better", safety="chosen_safe", tokens=(3, 2), source="a", test_s
 
 
 def test_length_report_by_hand():
-    # tokens (chosen, rejected): longer, shorter, equal, shorter; the model is right on the first, third and fourth
+    # tokens (chosen, rejected): longer, shorter, equal, shorter; the model is right on the first and the third
     rows = [row(tokens=pair) for pair in ((9, 5), (2, 4), (3, 3), (1, 6))]
-    found = length_report(rows, [1, 0, 1, 2], [0, 1, 0, 1])
+    found = length_report(rows, [1, 0, 1, 0], [0, 1, 0, 1])
     assert longer_wins(rows)["accuracy"] == (1 + 0 + 0.5 + 0) / 4
     assert found["chosen_longer"]["accuracy"] == 1.0
-    assert found["chosen_shorter"]["accuracy"] == 0.5
-    # of three unequal pairs the model prefers the longer in the first and the second, the annotators in the first
-    assert found["prefers_longer"] == proportion(2, 3)
+    assert found["chosen_shorter"]["accuracy"] == 0.0
+    # of three unequal pairs the model prefers the longer in all, the annotators in the first
+    assert found["prefers_longer"] == proportion(3, 3)
     assert found["annotators_prefer_longer"] == proportion(1, 3)
-    # differences (4, -2, 0, -5) and (1, -1, 1, 1), about 0: (4 + 2 + 0 - 5) / sqrt(45 * 4)
-    assert found["within_pairs"]["pearson"] == pytest.approx(1 / math.sqrt(45 * 4))
+    # differences (4, -2, 0, -5) and (1, -1, 1, -1), about 0: (4 + 2 + 0 + 5) / sqrt(45 * 4)
+    assert found["within_pairs"]["pearson"] == pytest.approx(11 / math.sqrt(45 * 4))
 
 
 def test_agreement_by_hand():
