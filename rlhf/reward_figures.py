@@ -211,14 +211,15 @@ def _accuracies(models: Mapping[str, Mapping[str, Any]], ceiling: float | None, 
     axis.axvline(0.5, color=INK, linewidth=0.8, linestyle=":")
     if ceiling is not None:
         axis.axvline(ceiling, color=INK, linewidth=1, linestyle="--", label="best possible")
-        axis.legend(loc="lower right", fontsize=8)
+        axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), fontsize=8)
     for i, (name, cell) in enumerate(models.items()):
         colour = _model_colour(name, i)
         if cell.get("ci95"):
             axis.hlines(i, *cell["ci95"], color=colour, linewidth=2)
         axis.plot(cell["accuracy"], i, "o", color=colour, markersize=6)
-        axis.annotate(f"{cell['accuracy']:.1%}", (cell["accuracy"], i), (0, 6), textcoords="offset points",
-                      ha="center", fontsize=8)  # fmt: skip
+        words, place = f"{cell['accuracy']:.1%}", (cell["accuracy"], i)
+        box = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
+        axis.annotate(words, place, (0, 6), textcoords="offset points", ha="center", fontsize=8, bbox=box)
     axis.set_yticks(range(len(models)), list(models))
     axis.set(xlabel="accuracy", ylim=(len(models) - 0.4, -0.7))
     axis.margins(x=0.12)
