@@ -133,7 +133,7 @@ class ChatFormat:
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
         self.stop_ids: list[int] = []
-        self.special_ids = _special_tokens(tokenizer)
+        self.special_ids = special_tokens(tokenizer)
         self.forbidden: tuple[str, ...] = tuple(self.special_ids)
         self._remembered = lru_cache(REMEMBERED_TEXTS)(self._encode_anew)
 
@@ -364,7 +364,7 @@ def _llama2_exchanges(messages: Sequence[Message]) -> list[tuple[str, str]]:
     return [(f"{B_INST} {user['content'].strip()} {E_INST}", reply) for user, reply in zip(turns[::2], replies)]
 
 
-def _special_tokens(tokenizer: Any) -> dict[str, int]:
+def special_tokens(tokenizer: Any) -> dict[str, int]:
     """Text -> id of every special token, the unnamed ones (Llama 3's <|eot_id|>) included."""
     added = getattr(tokenizer, "added_tokens_decoder", {})
     tokens = {str(token): index for index, token in added.items() if token.special}

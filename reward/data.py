@@ -4,15 +4,17 @@ No file is read here; records come checked from configs.records.
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Sized
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from configs.chat import ChatFormat, Message
 from reward.loss import SAFETY_LABELS
 from reward.tree import tree_length
+
+T = TypeVar("T", bound=Sized)
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +41,22 @@ def shorten_prompt(prompt: Sequence[Message]) -> list[Message] | None:
     return system + turns[2:] if len(turns) > 2 else None
 
 
+def encode_replies(
+    row: Mapping[str, Any], encode: Callable[[list[Message]], T], max_length: int
+) -> tuple[tuple[T, T], list[Message] | None]:
+    """(chosen, rejected) of a record as `encode` gives them, both with the same prompt, and that prompt.
+
+    The prompt loses its oldest turns until both have at most `max_length` tokens; None where not even the last fits.
+    """
+    prompt: list[Message] | None = list(row["prompt"])
+    while prompt is not None:
+        chosen, rejected = encode([*prompt, *row["chosen"]]), encode([*prompt, *row["rejected"]])
+        if max(len(chosen), len(rejected)) <= max_length:
+            break
+        prompt = shorten_prompt(prompt)
+    return (chosen, rejected), prompt
+
+
 def encode_pairs(
     rows: Sequence[Mapping[str, Any]], chat_format: ChatFormat, max_length: int, margins: Mapping[str, float] | None
 ) -> tuple[list[EncodedPair], list[dict[str, Any]], Counter]:
@@ -48,17 +66,15 @@ def encode_pairs(
     margin from `margins`; else 0. With `margins` None (Eq. 1) every margin is 0. `unrated` counts rows with neither.
     Returns (pairs, refused rows with a `reason`, counts of pairs / shortened / refused / unrated).
     """
+
+    def dialogue_ids(messages: list[Message]) -> list[int]:
+        return chat_format.encode_dialogue(messages).input_ids
+
     pairs: list[EncodedPair] = []
     refused: list[dict[str, Any]] = []
     counts: Counter = Counter(pairs=0, shortened=0, refused=0, unrated=0)
     for row in rows:
-        prompt: list[Message] | None = list(row["prompt"])
-        while prompt is not None:
-            chosen = chat_format.encode_dialogue([*prompt, *row["chosen"]]).input_ids
-            rejected = chat_format.encode_dialogue([*prompt, *row["rejected"]]).input_ids
-            if max(len(chosen), len(rejected)) <= max_length:
-                break
-            prompt = shorten_prompt(prompt)
+        (chosen, rejected), prompt = encode_replies(row, dialogue_ids, max_length)
         if prompt is None:
             tokens = max(len(chosen), len(rejected))
             refused.append({**row, "reason": f"last turn alone has {tokens} tokens, max_length is {max_length}"})

@@ -21,14 +21,30 @@ def outcome(r_chosen: float, r_rejected: float) -> float:
     return 0.5 if r_chosen == r_rejected else float(r_chosen > r_rejected)
 
 
+def proportion(successes: float, count: int) -> dict[str, Any]:
+    """{"share", "ci95": [low, high], "count"}; share is None when there is no trial."""
+    return {"share": successes / count if count else None, "ci95": list(wilson(successes, count)), "count": count}
+
+
 def share(outcomes: Sequence[float]) -> dict[str, Any]:
     """{"accuracy", "ci95": [low, high], "count"} of outcomes in {0, 0.5, 1}; accuracy is None when there are none."""
-    low, high = wilson(sum(outcomes), len(outcomes))
-    return {
-        "accuracy": sum(outcomes) / len(outcomes) if outcomes else None,
-        "ci95": [low, high],
-        "count": len(outcomes),
-    }
+    cell = proportion(sum(outcomes), len(outcomes))
+    return {"accuracy": cell.pop("share"), **cell}
+
+
+def average(cells: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Plain mean of the accuracies of several `share` cells, with an interval from theirs (MOVER, Zou and Donner 2008).
+
+    low = mean - sqrt(sum (p_i - low_i)^2) / k,  high alike
+    """
+    accuracies = [cell["accuracy"] for cell in cells]
+    if not cells or None in accuracies:
+        return {"accuracy": None, "ci95": [0.0, 1.0]}
+    mean = sum(accuracies) / len(cells)
+    below, above = (
+        math.sqrt(sum((cell["accuracy"] - cell["ci95"][side]) ** 2 for cell in cells)) / len(cells) for side in (0, 1)
+    )
+    return {"accuracy": mean, "ci95": [mean - below, mean + above]}
 
 
 def by_group(outcomes: Sequence[float], groups: Sequence[str | None], order: Sequence[str] = ()) -> dict[str, dict]:
@@ -59,12 +75,16 @@ def ceiling(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
 
 
 def calibration_bins(
-    r_chosen_P: Sequence[float], r_rejected_P: Sequence[float], bins: int = 10
+    r_chosen_P: Sequence[float],
+    r_rejected_P: Sequence[float],
+    bins: int = 10,
+    p_chosen_P: Sequence[float] | None = None,
 ) -> list[dict[str, Any]]:
     """Reliability of the preference probability sigmoid(|r_c - r_r|) in equal bins over [0.5, 1], as sums and counts.
 
     The model names a winner with that confidence; each bin's `outcome_sum / count` should equal its
-    `confidence_sum / count`.
+    `confidence_sum / count`. With `p_chosen_P`, the probability that an annotator picks the chosen response, an outcome
+    is the probability that one picks the named winner, in place of the one choice that was made.
     """
     table = [
         {
@@ -76,12 +96,15 @@ def calibration_bins(
         }
         for i in range(bins)
     ]
-    for r_chosen, r_rejected in zip(r_chosen_P, r_rejected_P, strict=True):
+    for i, (r_chosen, r_rejected) in enumerate(zip(r_chosen_P, r_rejected_P, strict=True)):
+        won = outcome(r_chosen, r_rejected)
+        if p_chosen_P is not None:
+            won = won * p_chosen_P[i] + (1 - won) * (1 - p_chosen_P[i])
         confidence = 1 / (1 + math.exp(-abs(r_chosen - r_rejected)))
         cell = table[min(int((confidence - 0.5) * 2 * bins), bins - 1)]
         cell["count"] += 1
         cell["confidence_sum"] += confidence
-        cell["outcome_sum"] += outcome(r_chosen, r_rejected)
+        cell["outcome_sum"] += won
     return table
 
 

@@ -97,13 +97,19 @@ def load_reward_model(
     path: str | Path, dtype: torch.dtype = torch.float32, attn_implementation: str = "sdpa"
 ) -> PreTrainedModel:
     """A trained reward model, in evaluation mode. UserError where the folder holds no scalar head."""
+    return _load(path, reward_config(path), dtype, attn_implementation, new_head=False).eval()
+
+
+def reward_config(path: str | Path) -> Any:
+    """The config of a trained reward model. UserError where it does not name one score."""
     config = _config(path)
     if not _has_scalar_head(config):
         raise UserError(
             f"{path} is not a reward model: its config names {config.architectures} with {config.num_labels} labels, "
-            "not one score. Pass the `model` folder that train_reward.py wrote."
+            "not one score. Pass the `model` folder that train_reward.py wrote, or another sequence-classification "
+            "model with num_labels 1."
         )
-    return _load(path, config, dtype, attn_implementation).eval()
+    return config
 
 
 def create_reward_model(
@@ -127,7 +133,7 @@ def create_reward_model(
     for name in [name for name in vars(config) if name.endswith(("dropout", "pdrop"))]:
         setattr(config, name, 0.0)
     quantization = {} if four_bit_device is None else four_bit_options(dtype, four_bit_device)
-    model = _load(path, config, dtype, attn_implementation, **quantization)
+    model = _load(path, config, dtype, attn_implementation, new_head, **quantization)
     keep_layout(model)
     for module in model.modules():
         if isinstance(module, nn.Dropout):
@@ -186,6 +192,7 @@ def save_reward_model(model: Any, tokenizer: PreTrainedTokenizerBase, folder: st
     if hasattr(model, "merge_and_unload"):
         model.save_pretrained(folder / "adapter")
         model = plain_model(model) if is_quantized(model) else model.merge_and_unload()
+    model.config.reward_input_format = "chat"  # read by reward/any_model.py; other programs pass it over
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     if (sentencepiece := sentencepiece_file(tokenizer)) is not None:  # save_pretrained leaves it behind
@@ -208,7 +215,12 @@ def _has_scalar_head(config: Any) -> bool:
 
 
 def _load(
-    path: str | Path, config: Any, dtype: torch.dtype, attn_implementation: str, **quantization: Any
+    path: str | Path,
+    config: Any,
+    dtype: torch.dtype,
+    attn_implementation: str,
+    new_head: bool,
+    **quantization: Any,
 ) -> PreTrainedModel:
     if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
         raise UserError(
@@ -219,8 +231,9 @@ def _load(
     ours: Any = type(plain.__name__, (ScoreAtEnd, plain), {"__module__": plain.__module__})
     try:
         with _no_load_report():
-            model = ours.from_pretrained(
+            model, report = ours.from_pretrained(
                 path,
+                output_loading_info=True,
                 config=config,
                 dtype=dtype,
                 attn_implementation=attn_implementation,
@@ -231,6 +244,9 @@ def _load(
         raise UserError(f"{path}: no weights can be loaded: {str(error).splitlines()[0]}") from error
     if not isinstance(getattr(model, "score", None), nn.Linear):
         raise UserError(f"{path}: {plain.__name__} has no linear head called `score`; decoder-only models have one")
+    missing = [name for name in report["missing_keys"] if not (new_head and name.startswith("score."))]
+    if missing:
+        raise UserError(f"{path}: the weights lack {', '.join(sorted(missing)[:3])}; scores would be random")
     model.score.float()
     use_tree_attention(model)
     return model

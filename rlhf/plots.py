@@ -7,6 +7,7 @@ import html
 import io
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
@@ -61,6 +62,12 @@ def to_svg(figure: Figure, name: str, description: str) -> str:
     head = re.sub(r' (width|height|version)="[^"]*"', "", head)  # the page scales it
     svg = f'{head} role="img" aria-label="{html.escape(description)}">{rest}'
     return svg.replace(INK, "currentColor").replace("'DejaVu Sans'", "'DejaVu Sans', Verdana, sans-serif")
+
+
+def to_png(figure: Figure, path: Path) -> None:
+    """Write the figure as a PNG file on white, whatever its own background."""
+    with mpl.rc_context(STYLE):
+        figure.savefig(path, format="png", dpi=130, facecolor="white", bbox_inches="tight")
 
 
 def _axes(columns: int, height: float) -> tuple[Figure, list[Axes]]:
@@ -213,15 +220,19 @@ def calibration(tables: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure | N
         figure.set_size_inches(4.2, 3.2)
         axis.plot([0.5, 1], [0.5, 1], color=INK, linewidth=0.8, linestyle=":")
         for name, table in tables.items():
-            colour = HELPFULNESS if name == "helpfulness" else SAFETY
-            sure = [cell["confidence_sum"] / cell["count"] for cell in table]
-            right = [cell["outcome_sum"] / cell["count"] for cell in table]
-            sizes = [8 + 120 * cell["count"] / sum(c["count"] for c in table) for cell in table]
-            axis.plot(sure, right, color=colour, linewidth=1.2, label=f"{name} model")
-            axis.scatter(sure, right, s=sizes, color=colour, alpha=0.7, linewidths=0)
+            reliability_line(axis, table, HELPFULNESS if name == "helpfulness" else SAFETY, f"{name} model")
         axis.set(xlabel="confidence of the model", ylabel="share of pairs it gets right", xlim=(0.48, 1.02))
         axis.legend(loc="best")
     return figure
+
+
+def reliability_line(axis: Axes, table: Sequence[Mapping[str, Any]], colour: str, label: str) -> None:
+    """Accuracy over confidence for the filled bins of a calibration table; a dot's size grows with its pairs."""
+    sure = [cell["confidence_sum"] / cell["count"] for cell in table]
+    right = [cell["outcome_sum"] / cell["count"] for cell in table]
+    sizes = [8 + 120 * cell["count"] / sum(c["count"] for c in table) for cell in table]
+    axis.plot(sure, right, color=colour, linewidth=1.2, label=label)
+    axis.scatter(sure, right, s=sizes, color=colour, alpha=0.7, linewidths=0)
 
 
 def persistence(tables: Mapping[str, Mapping[str, Any] | None]) -> Figure | None:

@@ -35,10 +35,11 @@ from accelerate import PartialState  # noqa: E402
 from configs.chat import load_chat_format, training_chat_template  # noqa: E402
 from configs.errors import UserError  # noqa: E402
 from configs.model_settings import ModelSettings, RunSettings  # noqa: E402
-from configs.records import RATINGS, write_jsonl  # noqa: E402
+from configs.records import write_jsonl  # noqa: E402
 from configs.reward_settings import RewardSettings  # noqa: E402
 from reward import metrics  # noqa: E402
 from reward.data import EncodedPair, encode_pairs  # noqa: E402
+from reward.evaluation import pair_summary  # noqa: E402
 from reward.loss import margin_table  # noqa: E402
 from reward.model import add_lora, create_reward_model, save_reward_model  # noqa: E402
 from rlhf.checksums import damage  # noqa: E402
@@ -134,7 +135,7 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
     summary: dict[str, Any] = {
         "objective": settings.objective,
         "margin": settings.margin if settings.margin_table is None else list(settings.margin_table),
-        **pair_summary(test_pairs, chosen, rejected),
+        **pair_summary([pair.row for pair in test_pairs], chosen, rejected),
         "steps": trainer.state.global_step,
         "train_loss": training.training_loss,
         "train_pairs": counts["pairs"],
@@ -158,34 +159,6 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
     result = run.finish(summary)
     trainer.accelerator.wait_for_everyone()
     return result
-
-
-def pair_summary(pairs: Sequence[EncodedPair], chosen: Sequence[float], rejected: Sequence[float]) -> dict[str, Any]:
-    """Accuracy overall, by rating (strongest first), safety bin and source, the ceiling where known, score statistics.
-
-    `ceiling` is the accuracy that the best possible model can expect on these pairs, None where rows lack `p_chosen`.
-    """
-    rows = [pair.row for pair in pairs]
-    outcomes = [metrics.outcome(c, r) for c, r in zip(chosen, rejected, strict=True)]
-    overall = metrics.share(outcomes)
-    by_rating = metrics.by_group(outcomes, [row.get("rating") for row in rows], RATINGS)
-    best = metrics.ceiling(rows)
-    bins = metrics.calibration_bins(chosen, rejected)
-    return {
-        "accuracy": overall["accuracy"],
-        "ci95": overall["ci95"],
-        "test_pairs": overall["count"],
-        "ceiling": best and best["accuracy"],
-        "by_rating": {rating: cell["accuracy"] for rating, cell in by_rating.items()},
-        "by_rating_ci95": {rating: cell["ci95"] for rating, cell in by_rating.items()},
-        "by_rating_pairs": {rating: cell["count"] for rating, cell in by_rating.items()},
-        "ceiling_by_rating": best and best["by_rating"],
-        "by_source": metrics.by_group(outcomes, [str(row.get("source")) for row in rows]),
-        "by_safety": metrics.by_group(outcomes, [row.get("safety") for row in rows]),
-        "scores": {"chosen": metrics.score_statistics(chosen), "rejected": metrics.score_statistics(rejected)},
-        "calibration": bins,
-        "calibration_error": metrics.expected_calibration_error(bins),
-    }
 
 
 def last_checkpoint(output_dir: Path, resolved: dict[str, Any]) -> Path | None:
