@@ -8,7 +8,7 @@ from torch import Tensor
 
 from reward.collate import batches_by_budget, pad_right
 from reward.model import takes_trees, tree_scores
-from reward.tree import IdList, collate_trees, split_into_trees, tree_length
+from reward.tree import IdList, collate_trees, lay_out_beginnings, split_into_trees, tree_length
 
 
 @torch.inference_mode()
@@ -48,3 +48,26 @@ def score_ids(model: Any, id_lists: Sequence[IdList], token_budget: int = 8192, 
             result_N[batch] = scores_B1[:, 0].cpu()
     model.train(was_training)
     return result_N
+
+
+@torch.inference_mode()
+def score_positions(model: Any, ids: IdList, first: int, end_id: int | None = None) -> Tensor:
+    """Raw score of every beginning of one dialogue: ids[: first + 1], ids[: first + 2], ..., all of `ids`.
+
+    With `end_id`, each beginning is followed by that token: what it would score if the response ended there. Training
+    reads the score at a dialogue's last token, an end token, so without it the scores are how the model leans
+    on its way, which nobody taught it to say. float32 [len(ids) - first] on the CPU, in one forward where the model
+    takes trees. Raises ValueError for a `first` outside the dialogue.
+    """
+    if not 0 <= first < len(ids):
+        raise ValueError(f"position {first} is outside a dialogue of {len(ids)} tokens")
+    if not takes_trees(model):
+        end = [] if end_id is None else [end_id]
+        return score_ids(model, [[*ids[: last + 1], *end] for last in range(first, len(ids))])
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    inputs = lay_out_beginnings(ids, first, end_id)
+    scores_1S = tree_scores(model, {name: tensor.to(device) for name, tensor in inputs.items()})
+    model.train(was_training)
+    return scores_1S[0].cpu()

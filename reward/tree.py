@@ -90,3 +90,29 @@ def collate_trees(trees: Sequence[Sequence[IdList]], pad_id: int) -> dict[str, T
         "visible": (((key == 0) | (key == query)) & (order[None] <= order[causal:, None]))[:, None],
         "ends": torch.from_numpy(ends_BK),
     }
+
+
+def lay_out_beginnings(ids: IdList, first: int, end_id: int | None = None) -> dict[str, Tensor]:
+    """One row that scores each beginning of a dialogue, from ids[: first + 1] to all of it; as `collate_trees`, B = 1.
+
+    With `end_id`, each beginning has an end token of its own, behind the dialogue: dialogue 5 6 7, first 1, end 9
+
+        token      5 6 7 9 9        the first 9 sees   x x . x .
+        position   0 1 2 2 3        the second 9 sees  x x x . x
+    """
+    stem = torch.arange(len(ids))
+    last = stem[first:]  # of each beginning
+    if end_id is None:
+        tree = collate_trees([[ids]], pad_id=0)
+        return tree | {"ends": last[None]}
+    leaves = len(ids) + torch.arange(len(last))
+    input_ids = torch.cat([torch.as_tensor(ids, dtype=torch.int64), torch.full_like(last, end_id)])
+    visible = torch.eye(len(input_ids), dtype=torch.bool)
+    visible[:, : len(ids)] = torch.cat([stem, last])[:, None] >= stem
+    position_ids = torch.cat([stem, last + 1])
+    return {
+        "input_ids": input_ids[None],
+        "position_ids": position_ids[None],
+        "visible": visible[None, None],
+        "ends": leaves[None],
+    }

@@ -23,7 +23,7 @@ from reward.attention import whole_mask
 from reward.collate import collate_pair_trees
 from reward.data import EncodedPair
 from reward.model import add_lora, load_reward_model, takes_trees, tree_scores
-from reward.scorer import score_ids
+from reward.scorer import score_ids, score_positions
 from rlhf.hardware import attend_in_float32
 
 SMALL = {"vocab_size": 32, "num_labels": 1, "pad_token_id": 0}
@@ -169,6 +169,40 @@ def test_models_that_take_no_trees_score_row_by_row(tmp_path_factory):
     model = load(tmp_path_factory, "mistral, windowed")
     ids = [[5, 6, 7, 8, 9, 3, 2], [5, 6, 7, 8, 9, 3, 4]]
     torch.testing.assert_close(score_ids(model, ids, k=2), score_ids(model, ids))
+
+
+def test_layout_of_beginnings_worked_by_hand():
+    row = tree.lay_out_beginnings([5, 6, 7], first=1, end_id=9)
+    assert row["input_ids"].tolist() == [[5, 6, 7, 9, 9]]
+    assert row["position_ids"].tolist() == [[0, 1, 2, 2, 3]]
+    assert row["ends"].tolist() == [[3, 4]]
+    assert row["visible"][0, 0].int().tolist() == [
+        [1, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0],
+        [1, 1, 1, 0, 0],
+        [1, 1, 0, 1, 0],
+        [1, 1, 1, 0, 1],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "attention"), [("llama", "sdpa"), ("llama", "eager"), ("gpt2", "sdpa"), ("mistral, windowed", "sdpa")]
+)
+@pytest.mark.parametrize("end", [[], [2]])
+def test_scores_of_all_beginnings_are_those_of_separate_rows(tmp_path_factory, name, attention, end):
+    model = load(tmp_path_factory, name, attention).train()
+    ids = np.array([5, 6, 9, 3, 7, 8, 9, 2, 2, 4], dtype=np.int32)
+    for first in (0, 4, 9):
+        found = score_positions(model, ids, first, *end)
+        apart = score_ids(model, [[*ids[: last + 1].tolist(), *end] for last in range(first, len(ids))])
+        torch.testing.assert_close(found, apart, atol=2e-5, rtol=1e-4)
+    assert model.training  # left as it was
+
+
+@pytest.mark.parametrize("first", [-1, 3])
+def test_a_position_outside_the_dialogue_is_refused(llama, first):
+    with pytest.raises(ValueError, match=f"position {first} is outside a dialogue of 3 tokens"):
+        score_positions(llama, [5, 6, 7], first)
 
 
 def test_lora_passes_the_layout_through(llama):
