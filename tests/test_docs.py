@@ -27,7 +27,7 @@ from rlhf import cli
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 SCRIPTS = sorted(p for p in (ROOT / "rlhf").rglob("*.py") if "entry(main)" in p.read_text(encoding="utf-8"))
-PLAIN = ("source", "cp", "pip", "git")  # words that may begin a command and are not ours to check
+PLAIN = ("source", "cp", "pip", "git", "jupyter")  # words that may begin a command and are not ours to check
 
 
 def fenced(text: str, language: str) -> list[str]:
