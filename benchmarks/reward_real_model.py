@@ -3,9 +3,9 @@
     python benchmarks/reward_real_model.py --model HuggingFaceTB/SmolLM2-135M-Instruct --output_dir runs/real
 
 Both start from one reward model (a fresh head on the chat model), see the same tokens of the helpful and harmless
-pairs once, in batches of the same size, with the same optimizer and schedule, on one thread. Ours goes through its
-command line. Each is tested on both held-out sets by the same scorer, beside the baseline that the longer response
-wins. A finished part is not run again. The last line is one JSON object: `ratio` is trl's processor time over ours.
+pairs once, in batches of the same size, with the same optimizer and schedule, on one thread. Timed is the training
+loop, in processor seconds. Each is tested on both held-out sets by one scorer, beside the baseline that the longer
+response wins. A finished part is not run again. The last line is one JSON object: `ratio` is trl's time over ours.
 """
 
 import argparse
@@ -32,7 +32,8 @@ from reward import metrics
 from reward.data import EncodedPair, encode_pairs
 from reward.model import create_reward_model, load_reward_model, save_reward_model
 from rlhf.models import load_tokenizer
-from rlhf.reward_training import score_pairs
+from rlhf import train_reward
+from rlhf.reward_training import RewardTrainer, score_pairs
 
 ROOT = Path(__file__).resolve().parents[1]
 KIT = Path(os.environ.get("RLHF_KIT", ROOT.parent / "shared" / "data"))
@@ -95,30 +96,20 @@ class Times:
 
 
 def train_ours(settings: argparse.Namespace, name: str, folder: Path) -> None:
-    """Our command line in a child process; start-up, reading and the final test are in its time."""
-    start = Path(settings.output_dir) / "start"
-    command = [
-        sys.executable,
-        "rlhf/train_reward.py",
-        "--model_name_or_path",
-        str(start.resolve()),
-        "--use_cpu",
-        "true",
-    ]
-    command += ["--output_dir", str(folder.resolve()), *flags(settings, name)]
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    begun = monotonic()
-    subprocess.run(command, cwd=ROOT, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-    whole = {
-        "seconds": summary["train_seconds"],
-        "cpu_seconds": summary["train_cpu_seconds"],
-        "peak_mib": used.ru_maxrss / 1024,
-        "seconds_with_start_and_test": monotonic() - begun,
-        "cpu_seconds_with_start_and_test": used.ru_utime + used.ru_stime - before.ru_utime - before.ru_stime,
-    }
-    (folder / "times.json").write_text(json.dumps(whole), encoding="utf-8")
+    """Our script's main, in this process; timed is the same part as the peer's, the training loop."""
+    train = RewardTrainer.train
+
+    def timed(self: RewardTrainer, *args: Any, **options: Any) -> Any:
+        times = Times()
+        result = train(self, *args, **options)
+        times.write(folder)
+        return result
+
+    RewardTrainer.train = timed  # type: ignore[method-assign]
+    start = str(Path(settings.output_dir) / "start")
+    train_reward.main(
+        ["--model_name_or_path", start, "--use_cpu", "true", "--output_dir", str(folder), *flags(settings, name)]
+    )
 
 
 def accuracy(folder: Path, name: str, settings: argparse.Namespace) -> dict[str, Any]:
@@ -140,7 +131,8 @@ def main(settings: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     output = Path(settings.output_dir)
     if settings.child:
-        train_trl(settings, settings.child, output / f"trl-{settings.child}")
+        side, name = settings.child.split("-")
+        (train_ours if side == "ours" else train_trl)(settings, name, output / settings.child)
         return
     if not (output / "start" / "config.json").exists():
         tokenizer = load_tokenizer(settings.model)
@@ -151,10 +143,8 @@ def main(settings: argparse.Namespace) -> None:
             folder = output / f"{side}-{name}"
             if not (folder / "times.json").exists():
                 print(f"== {side}, {name}", flush=True)
-                if side == "ours":
-                    train_ours(settings, name, folder)
-                else:  # a process of its own, so that its memory is its own
-                    subprocess.run([sys.executable, *sys.argv, "--child", name], cwd=ROOT, check=True)
+                # A process of its own, so that its memory is its own.
+                subprocess.run([sys.executable, *sys.argv, "--child", f"{side}-{name}"], check=True)
             if not (folder / "accuracy.json").exists():
                 found = {test: accuracy(folder, test, settings) for test in SETS}
                 (folder / "accuracy.json").write_text(json.dumps(found), encoding="utf-8")
@@ -197,5 +187,5 @@ if __name__ == "__main__":
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--learning_rate", type=float, default=2e-5)
     parser.add_argument("--max_steps", type=int, default=-1)
-    parser.add_argument("--child", choices=SETS, help=argparse.SUPPRESS)
+    parser.add_argument("--child", help=argparse.SUPPRESS)
     main(parser.parse_args())
