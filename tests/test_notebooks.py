@@ -56,7 +56,8 @@ def run(tmp_path_factory):
         write_jsonl(folder / "collect" / f"{name}_test.jsonl", records)
     pairs = str(folder / "collect" / "helpfulness_test.jsonl")
     main(["--model_name_or_path", str(BASE_MODEL), "--output_dir", str(folder / "reward_helpfulness"), "--max_steps",
-          "2", "--train_files", pairs, "--eval_files", pairs, "--leaked_prompts", "keep", "--use_cpu", "true"])  # fmt: skip
+          "2", "--train_files", pairs, "--eval_files", pairs, "--leaked_prompts", "keep",
+          "--use_cpu", "true"])  # fmt: skip
     tokenizer = load_tokenizer(str(BASE_MODEL))
     save_reward_model(create_reward_model(BASE_MODEL, tokenizer, seed=1), tokenizer, folder / "reward_safety", "card")
     return folder
