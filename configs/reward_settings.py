@@ -3,6 +3,7 @@
 Fields that Hugging Face's TrainingArguments has too keep its name and meaning. Defaults follow the paper.
 """
 
+import math
 from dataclasses import dataclass, field
 
 from configs.errors import UserError
@@ -11,6 +12,33 @@ OBJECTIVES = ("helpfulness", "safety")
 MARGINS = ("none", "small", "large")
 LEAKED_PROMPTS = ("drop", "keep", "stop")
 STRATEGIES = ("random", "sequential", "group_by_length")
+SMALLEST = 1e-12  # for numbers that must be above 0
+BELOW_ONE = 1 - 1e-12
+BOUNDS: dict[str, tuple[float, float]] = {
+    "mix_rows": (1, math.inf),
+    "max_length": (1, math.inf),
+    "max_reject_share": (0, 1),
+    "safety_loss_weight": (0, math.inf),
+    "center_rewards_coefficient": (0, math.inf),
+    "learning_rate": (SMALLEST, math.inf),
+    "min_lr_rate": (0, 1),
+    "warmup_ratio": (0, 1),
+    "min_warmup_steps": (0, math.inf),
+    "adam_beta1": (0, BELOW_ONE),
+    "adam_beta2": (0, BELOW_ONE),
+    "adam_epsilon": (SMALLEST, math.inf),
+    "weight_decay": (0, math.inf),
+    "max_grad_norm": (SMALLEST, math.inf),
+    "num_train_epochs": (SMALLEST, math.inf),
+    "per_device_train_batch_size": (1, math.inf),
+    "gradient_accumulation_steps": (1, math.inf),
+    "token_budget": (0, math.inf),
+    "eval_steps": (0, math.inf),
+    "save_steps": (0, math.inf),
+    "save_total_limit": (1, math.inf),
+    "score_token_budget": (1, math.inf),
+    "num_samples": (0, math.inf),
+}
 
 
 @dataclass(kw_only=True)
@@ -93,12 +121,14 @@ class RewardSettings:
         default=0,
         metadata={
             "help": "Tokens of one forward pass, padding included; a step is cut up by length. It changes "
-            "memory and speed, not results; 0: 8192 on a GPU, 768 on a CPU."
+            "memory and speed, not results (but for LoRA's dropout); 0: 8192 on a GPU, 768 on a CPU."
         },
     )
     train_sampling_strategy: str = field(
         default="random",
-        metadata={"help": "random, sequential or group_by_length (steps of similar length, shuffled)."},
+        metadata={
+            "help": "random, sequential or group_by_length (pairs of similar length share a step; steps shuffled)."
+        },
     )
     bf16: bool = field(default=False, metadata={"help": "bfloat16 autocast while training; weights keep their dtype."})
     load_in_4bit: bool = field(
@@ -109,7 +139,7 @@ class RewardSettings:
 
     eval_steps: int = field(default=0, metadata={"help": "Evaluate every so many steps; 0: only at the end."})
     save_steps: int = field(default=0, metadata={"help": "Checkpoint every so many steps; 0: none."})
-    save_total_limit: int = field(default=2, metadata={"help": "Checkpoints kept."})
+    save_total_limit: int = field(default=2, metadata={"help": "Checkpoints kept; with 2, a damaged one has another."})
     score_token_budget: int = field(default=16384, metadata={"help": "Tokens per batch when scoring the test pairs."})
     num_samples: int = field(default=16, metadata={"help": "Test pairs written out with their scores."})
 
@@ -134,19 +164,15 @@ class RewardSettings:
                 raise UserError(
                     f"mix_weights: every weight must be above 0, got {self.mix_weights}; leave out unused files"
                 )
-        if self.mix_rows is not None and self.mix_rows < 1:
-            raise UserError(f"mix_rows: must be at least 1, got {self.mix_rows}; leave it out to use all pairs")
-        for name in ("max_length", "per_device_train_batch_size", "gradient_accumulation_steps", "score_token_budget"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name}: must be at least 1, got {getattr(self, name)}")
-        if self.token_budget < 0:
-            raise UserError(f"token_budget: {self.token_budget} tokens; 0 takes what suits the device")
-        if self.center_rewards_coefficient < 0:
-            raise UserError(f"center_rewards_coefficient: must not be negative, got {self.center_rewards_coefficient}")
+        for name, (low, high) in BOUNDS.items():
+            value = getattr(self, name)
+            if value is not None and not low <= value <= high:
+                limits = f"at least {low:g}" if high == math.inf else f"from {low:g} to {high:g}"
+                raise UserError(f"{name}: must be {limits}, got {value}")
+        if self.max_steps == 0 or self.max_steps < -1:
+            raise UserError(f"max_steps: must be above 0, or -1 for num_train_epochs, got {self.max_steps}")
         if self.eval_files is None and not 0 < self.eval_fraction < 1:
             raise UserError(f"eval_fraction: must be between 0 and 1, got {self.eval_fraction}; or name eval_files")
-        if self.safety_loss_weight is not None and self.safety_loss_weight < 0:
-            raise UserError(f"safety_loss_weight: must not be negative, got {self.safety_loss_weight}")
 
     @property
     def safety_weight(self) -> float:

@@ -1,8 +1,9 @@
 """Any Hugging Face sequence-classification reward model: how it reads a dialogue, and its scores.
 
-Decoders with a linear `score` head are loaded as our own (reward/model.py): read at the last true token, head in
-float32, a prompt computed once for both responses. All others, encoders such as DeBERTa among them, run as the plain
-`AutoModelForSequenceClassification`, padded on the right under an attention mask. Safetensors only, no remote code.
+Decoders with a linear `score` head are loaded as our own (reward/model.py): head in float32, a prompt computed once for
+both responses, read at the last token; those of others at the last one that is not their padding token. All others,
+encoders such as DeBERTa among them, run as the plain `AutoModelForSequenceClassification`, padded on the right under an
+attention mask. Safetensors only, no remote code.
 """
 
 from collections.abc import Callable, Sequence
@@ -63,6 +64,8 @@ class AnyRewardModel:
             "text_pair": _text_pair_encoder,
         }
         self.encode, self.forbidden = encoders[self.input_format](self.tokenizer)
+        if self.is_decoder and not hasattr(self.config, "reward_input_format"):
+            self.encode = _without_padding(self.encode, self.config.pad_token_id)
         self.context = _context(self.config, self.tokenizer, self.is_decoder)
         if not self.is_decoder:
             check_padding_token(self.tokenizer, path)
@@ -124,6 +127,22 @@ def _input_format(wanted: str, model: AnyRewardModel) -> str:
     if template:
         return "chat" if "<<SYS>>" in template and "[INST]" in template else "template"
     return "chat" if model.is_decoder else "text_pair"
+
+
+def _without_padding(encode: Callable[[Sequence[Message]], Inputs], pad_id: int | None) -> Callable:
+    """`encode` without padding tokens at the end: where a decoder's plain class, which was trained so, reads the score.
+
+    It takes the last token that is not padding. With a model that pads with its end token, that is the one before it.
+    """
+
+    def shortened(messages: Sequence[Message]) -> Inputs:
+        ids = encode(messages).input_ids
+        end = len(ids)
+        while end > 1 and ids[end - 1] == pad_id:
+            end -= 1
+        return Inputs(ids[:end])
+
+    return shortened
 
 
 Encoder = tuple[Callable[[Sequence[Message]], Inputs], Sequence[str]]

@@ -16,7 +16,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
-from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
 
 from configs.errors import UserError
 from configs.model_settings import RunSettings
@@ -26,12 +26,12 @@ from reward.data import EncodedPair
 from reward.loss import centring_loss_sum, ranking_loss_sum, safety_loss_sum
 from reward.model import takes_trees, tree_scores
 from reward.scorer import score_ids
-from rlhf.checksums import write_checksums
 from rlhf.hardware import token_budget
 from rlhf.reward_batches import Step, StepCollator, StepSampler
+from rlhf.trainer_checkpoints import keep_newest, step_of, write_checksums
 
 CHECKPOINTS = "checkpoints"  # in the run folder
-NOT_FINITE = "not-finite.jsonl"  # in the run folder: the pairs whose loss was not a number
+NOT_FINITE = "not-finite-{process}.jsonl"  # in the run folder: the pairs whose loss was not a number
 SHOWN_PAIRS = 3
 
 
@@ -108,7 +108,7 @@ class RewardTrainer(Trainer):
         """Eq. 2 plus the weighted safety and centring losses, summed over the pairs of a micro-batch."""
         chosen_B, rejected_B = self._scores(model, batch)
         loss, ranking, safety = self._losses(chosen_B, rejected_B, batch)
-        with torch.no_grad():  # sums on the device; read once per log, not once per step
+        with torch.no_grad():  # sums on the device, read once per log
             right = (chosen_B > rejected_B).sum() + 0.5 * (chosen_B == rejected_B).sum()
             count = torch.full_like(ranking, len(chosen_B))
             gap, mean = (chosen_B - rejected_B).sum(), (chosen_B + rejected_B).sum() / 2
@@ -129,7 +129,16 @@ class RewardTrainer(Trainer):
 
     @torch.no_grad()
     def _refuse(self, model: torch.nn.Module, step: Step) -> None:
-        """Raise UserError that names the pairs of `step` whose own loss is not finite; they go to NOT_FINITE too."""
+        """Raise UserError, as the loss of `step` is not a number: because of the weights, or of pairs, which are named.
+
+        The pairs go to NOT_FINITE too, each with its loss, its scores and its record.
+        """
+        number = self.state.global_step + 1
+        if broken := [name for name, weight in model.named_parameters() if not torch.isfinite(weight).all()]:
+            raise UserError(
+                f"the loss of step {number} is not a number, because the weights are not ({len(broken)} tensors, "
+                f"{broken[0]} first): the steps before were too large. Lower learning_rate or set bf16: false"
+            )
         found = []
         inner = self.accelerator.unwrap_model(model)
         for batch in step["micro_batches"]:
@@ -142,15 +151,27 @@ class RewardTrainer(Trainer):
                     row = self.train_dataset[index][1].row
                     scores = {"r_chosen": str(chosen_B[b].item()), "r_rejected": str(rejected_B[b].item())}
                     found.append({"pair": index, "loss": str(loss.item()), **scores, "row": dict(row)})
-        folder = Path(self.args.output_dir).parent
-        write_jsonl(folder / NOT_FINITE, found)
+        path = Path(self.args.output_dir).parent / NOT_FINITE.format(process=self.args.process_index)
+        write_jsonl(path, found)
         shown = ", ".join(f"{each['pair']} ({each['row'].get('source')})" for each in found[:SHOWN_PAIRS])
         more = f" and {len(found) - SHOWN_PAIRS} more" if len(found) > SHOWN_PAIRS else ""
+        cause = f"training pairs {shown}{more}" if found else "the sum over its pairs, each of which is finite"
         raise UserError(
-            f"the loss of step {self.state.global_step + 1} is not a number, because of training pairs {shown}{more} "
-            f"(counted from 0 in the order of mixing; all are in {folder / NOT_FINITE}). The weights are as the step "
-            "before left them. Look at these pairs, lower learning_rate or set bf16: false"
+            f"the loss of step {number} is not a number, because of {cause} (counted from 0 in the order of mixing; "
+            f"all are in {path}). The weights are as the step before left them. Look at these pairs, lower "
+            "learning_rate or set bf16: false"
         )
+
+    def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
+        """The Trainer's, between backward and step. UserError for no number: the step would ruin the weights."""
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        if norm is not None and not math.isfinite(float(norm)):
+            step = self.state.global_step + 1
+            raise UserError(
+                f"the gradient norm of step {step} is {float(norm)}, though its loss is a number. The weights are as "
+                "the step before left them. Lower learning_rate or set bf16: false"
+            )
+        return norm
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the means over the pairs since the last log."""
@@ -168,11 +189,30 @@ class RewardTrainer(Trainer):
         return metrics
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """The Trainer's, then the checksums: a checkpoint without them was not finished (rlhf/checksums.py)."""
+        """The Trainer's; then checksums, without which a checkpoint counts as unfinished; then older ones may go."""
         super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()  # each process has written its random state
         if self.args.should_save:
-            write_checksums(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}")
+            folder = Path(self.args.output_dir)
+            write_checksums(folder / f"checkpoint-{self.state.global_step}")
+            keep_newest(folder, self.settings.save_total_limit)
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole training."""
+        if self.args.max_steps > 0:
+            return self.args.max_steps
+        return math.ceil(self.args.num_train_epochs * len(self.get_train_dataloader()))
+
+    def resume(self, checkpoint: Path | None) -> None:
+        """Train, from `checkpoint` where there is one. Of one after the last step only the weights are loaded: the
+        Trainer, which looks at the number of steps after each, would take one more.
+        """
+        if checkpoint is None or step_of(checkpoint) < self.total_steps:
+            self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        else:
+            self._load_from_checkpoint(str(checkpoint))
+            self.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
         """Warm-up over 3 % of the steps, at least 5 (settings), then cosine down to a share of the peak."""
@@ -246,7 +286,7 @@ def training_arguments(run: RunSettings, settings: RewardSettings) -> TrainingAr
         eval_steps=settings.eval_steps or None,
         save_strategy="steps" if settings.save_steps else "no",
         save_steps=settings.save_steps or 500,
-        save_total_limit=settings.save_total_limit,
+        save_total_limit=None,  # RewardTrainer counts them itself
         remove_unused_columns=False,
         ddp_find_unused_parameters=False,
     )

@@ -25,7 +25,7 @@ from configs.errors import UserError
 
 TRACKERS = ("tensorboard", "wandb", "trackio")
 # Where or how often a run writes does not change its results, so a changed value does not make it another run.
-NOT_COMPARED = ("output_dir", "report_to", "logging_steps", "resume")
+NOT_COMPARED = ("output_dir", "report_to", "logging_steps", "resume", "processes")
 
 
 class RunFolder:

@@ -14,8 +14,7 @@ Writes a run folder: settings, metrics.jsonl, test pairs with scores, summary.js
 Expect an accuracy of 0.5 at the start and, on HH-RLHF, 0.6 to 0.7 after one epoch.
 """
 
-import logging
-import shutil
+import math
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -42,21 +41,21 @@ from reward.data import EncodedPair, encode_pairs  # noqa: E402
 from reward.evaluation import pair_summary  # noqa: E402
 from reward.loss import margin_table  # noqa: E402
 from reward.model import add_lora, create_reward_model, save_reward_model  # noqa: E402
-from rlhf.checksums import damage  # noqa: E402
 from rlhf.hardware import attend_in_float32  # noqa: E402
 from rlhf.models import data_fingerprint, freeze_embeddings, load_tokenizer, model_card, resolve_dtype  # noqa: E402
 from rlhf.roles import unwrap  # noqa: E402
 from rlhf.reward_inputs import read_inputs  # noqa: E402
 from rlhf.reward_training import CHECKPOINTS, RewardTrainer, score_pairs, training_arguments  # noqa: E402
 from rlhf.run import NOT_COMPARED, RunFolder  # noqa: E402
-
-logger = logging.getLogger(__name__)
+from rlhf.trainer_checkpoints import drop_newer, newest_whole, step_of  # noqa: E402
 
 
 def main(args: list[str] | None = None) -> dict[str, Any]:
     """Train, test, save; returns the summary that is also in `output_dir/summary.json`."""
     settings, model_settings, run_settings = cli.parse(RewardSettings, ModelSettings, RunSettings, args=args)
-    resolved = {**asdict(settings), **asdict(model_settings), **asdict(run_settings)}
+    # Other data in the same file make another run.
+    data = {path: data_fingerprint(path) for path in [*settings.train_files, *(settings.eval_files or [])]}
+    resolved = {**asdict(settings), **asdict(model_settings), **asdict(run_settings), "data": data}
     if done := RunFolder.completed(run_settings.output_dir, resolved):
         return done
     if settings.load_in_4bit and not model_settings.use_peft:
@@ -113,20 +112,24 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
             arguments.process_index,
             arguments.world_size,
         )
+        if not all(map(math.isfinite, (score for side in scores for score in side))):
+            raise UserError("the model's scores are not numbers any more: lower learning_rate or set bf16: false")
         outcomes = [metrics.outcome(chosen, rejected) for chosen, rejected in zip(*scores, strict=True)]
         latest.update(scores=scores, outcomes=outcomes)
         return {"accuracy": sum(outcomes) / len(outcomes)} if outcomes else {}
 
     latest: dict[str, Any] = {}
+    resolved["processes"] = arguments.world_size
     checkpoint = last_checkpoint(output_dir, resolved) if run_settings.resume else None
+    resumed_at = 0 if checkpoint is None else step_of(checkpoint)
     PartialState().wait_for_everyone()  # all have read the folder before one writes to it
-    run = RunFolder(run_settings.output_dir, resolved, "train_reward", 0 if checkpoint is None else _step(checkpoint))
-    if checkpoint is None and is_main:
-        shutil.rmtree(output_dir / CHECKPOINTS, ignore_errors=True)  # of other settings; they would pass for newer ones
+    run = RunFolder(run_settings.output_dir, resolved, "train_reward", resumed_at)
+    if is_main:  # those of other settings would pass for newer ones
+        drop_newer(output_dir / CHECKPOINTS, resumed_at)
     if arguments.use_cpu and settings.bf16:
         attend_in_float32(unwrap(model))
     trainer = RewardTrainer(model, arguments, settings, train_pairs, tokenizer.pad_token_id, evaluate_pairs, run.log)
-    training = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    trainer.resume(checkpoint)
     trained = monotonic()
     trainer.evaluate()
 
@@ -137,7 +140,6 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
         "margin": settings.margin if settings.margin_table is None else list(settings.margin_table),
         **pair_summary([pair.row for pair in test_pairs], chosen, rejected),
         "steps": trainer.state.global_step,
-        "train_loss": training.training_loss,
         "train_pairs": counts["pairs"],
         "train_by_source": dict(sorted(Counter(str(pair.row.get("source")) for pair in train_pairs).items())),
         "mix": inputs.report,
@@ -146,11 +148,11 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
         "too_long": counts["refused"],
         "test_unrated": test_counts["unrated"],
         "test_prompts_in_training": _overlap(train_pairs, test_pairs),
-        "train_seconds": trained - started,
+        "resumed_at_step": resumed_at,
+        "train_seconds": trained - started,  # since the last start
     }
     if is_main:
         run.samples(trainer.state.global_step, _samples(test_pairs, chosen, rejected, settings.num_samples))
-        data = {path: data_fingerprint(path) for path in [*settings.train_files, *(settings.eval_files or [])]}
         quoted = {name: value for name, value in summary.items() if isinstance(value, int | float | str)}
         card = model_card(f"reward_{settings.objective}", resolved, data, quoted)
         tokenizer.chat_template = training_chat_template(chat_format)
@@ -162,9 +164,10 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
 
 
 def last_checkpoint(output_dir: Path, resolved: dict[str, Any]) -> Path | None:
-    """The newest whole checkpoint of a run with these settings; None where there is none to continue from.
+    """The newest whole checkpoint of a run with these settings and data; None where there is none to continue from.
 
     A checkpoint whose files are not as they were written is refused with a warning, and the one before it is taken.
+    UserError where another number of processes wrote it: the steps that it counts are not the same pairs.
     """
     try:
         settings = yaml.safe_load((output_dir / "settings.yaml").read_text(encoding="utf-8"))
@@ -172,15 +175,14 @@ def last_checkpoint(output_dir: Path, resolved: dict[str, Any]) -> Path | None:
         return None
     if any(settings.get(name) != value for name, value in resolved.items() if name not in NOT_COMPARED):
         return None
-    for folder in sorted((output_dir / CHECKPOINTS).glob("checkpoint-*"), key=_step, reverse=True):
-        if (fault := damage(folder)) is None:
-            return folder
-        logger.warning("%s is not used: %s", folder, fault)
-    return None
-
-
-def _step(checkpoint: Path) -> int:
-    return int(checkpoint.name.split("-")[-1])
+    checkpoint = newest_whole(output_dir / CHECKPOINTS)
+    processes = settings.get("processes")
+    if checkpoint is not None and processes != resolved.get("processes"):
+        raise UserError(
+            f"{checkpoint} was written by {processes} processes, and this run has {resolved.get('processes')}: start "
+            "it with as many, or pass --resume false to begin again"
+        )
+    return checkpoint
 
 
 def _margins(settings: RewardSettings) -> dict[str, float] | None:

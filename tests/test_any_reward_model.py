@@ -195,3 +195,24 @@ def test_weights_that_are_no_safetensors_are_refused(tmp_path):
     (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
     with pytest.raises(UserError, match="no weights can be loaded"):
         loaded(path)
+
+
+def test_a_decoder_that_pads_with_its_end_token_is_read_where_its_own_class_reads_it(tmp_path):
+    tokenizer = tiny_tokenizer()
+    tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{{ eos_token }}{% endfor %}"
+    torch.manual_seed(0)
+    plain = LlamaForSequenceClassification(tiny_config(len(tokenizer), num_labels=1, pad_token_id=2)).eval()
+    plain.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    model = AnyRewardModel(str(tmp_path))
+    model.load(torch.float32, "sdpa", torch.device("cpu"))
+    found = scores(model)
+    expected = []
+    for record in RECORDS:
+        for side in ("chosen", "rejected"):
+            text = tokenizer.apply_chat_template([*record["prompt"], *record[side]], tokenize=False)
+            ids = tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids
+            assert ids[0, -1] == 2
+            expected.append(plain(input_ids=ids).logits.item())
+    assert found == pytest.approx(expected, abs=1e-5)

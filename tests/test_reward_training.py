@@ -151,10 +151,34 @@ def test_a_loss_that_is_not_a_number_stops_the_run_and_names_the_pair(folder, tm
     broken[4] = EncodedPair(broken[4].chosen_ids, broken[4].rejected_ids, math.nan, 1.0, 0.0, {"source": "mine"})
     with pytest.raises(UserError, match=r"step 2 is not a number, because of training pairs 4 \(mine\) \("):
         train(folder, tmp_path, broken, per_device_train_batch_size=4)
-    (line,) = (tmp_path / "not-finite.jsonl").read_text().splitlines()
+    (line,) = (tmp_path / "not-finite-0.jsonl").read_text().splitlines()
     found = json.loads(line)
     assert (found["pair"], found["loss"], found["row"]) == (4, "nan", {"source": "mine"})
     assert math.isfinite(float(found["r_chosen"]))
+
+
+def test_weights_that_are_no_numbers_are_not_blamed_on_pairs(folder, tmp_path):
+    # A first step so large that the weights overflow; the loss before it was a number.
+    with pytest.raises(UserError, match=r"step 2 is not a number, because the weights are not \("):
+        train(folder, tmp_path, make_pairs(4), per_device_train_batch_size=2, learning_rate=1e38, min_warmup_steps=0,
+              warmup_ratio=0.0)  # fmt: skip
+    assert not list(tmp_path.glob("not-finite*"))
+
+
+def test_a_gradient_that_is_no_number_is_not_stepped(folder, tmp_path, monkeypatch):
+    seen = []
+
+    def poison(self, model, batch):
+        loss = loss_sum(self, model, batch)
+        weight = next(p for p in model.parameters() if p.requires_grad)
+        seen.append(weights(model))
+        return loss + torch.where(weight[0, 0] == 0, weight[0, 0], weight[0, 0] * 0).sqrt().nan_to_num(0.0)
+
+    loss_sum = RewardTrainer._loss_sum
+    monkeypatch.setattr(RewardTrainer, "_loss_sum", poison)
+    with pytest.raises(UserError, match="the gradient norm of step 1 is (nan|inf), though its loss is a number"):
+        train(folder, tmp_path, make_pairs(2))
+    assert torch.equal(seen[0], weights(load_reward_model(folder)))
 
 
 def test_centring_is_added_per_pair(folder, tmp_path):

@@ -22,8 +22,8 @@ from configs.reward_settings import RewardSettings
 from reward.model import load_reward_model
 from reward.scorer import score_ids
 from rlhf import cli
-from rlhf.checksums import write_checksums
 from rlhf.train_reward import last_checkpoint, main
+from rlhf.trainer_checkpoints import keep_newest, write_checksums
 
 ROOT = Path(__file__).resolve().parents[1]
 SAFETY = ("chosen_safe", "both_safe", "both_unsafe")
@@ -162,6 +162,57 @@ def test_an_interrupted_run_continues_and_other_settings_start_afresh(chat_model
     assert steps == [1, 2, 3, 4, 5, 6]
 
 
+def test_killed_after_the_last_step_it_takes_no_other(chat_model, files, tmp_path):
+    # 4 of the 6 steps of an epoch: the Trainer saves after the last one, and would go on from there.
+    call = arguments(chat_model, files, tmp_path, "--save_steps", 2, "--max_steps", 4, "--learning_rate", "1e-2")
+    first = main(call)
+    (tmp_path / "run" / "summary.json").unlink()  # killed while it scored the test pairs
+    second = main(call)
+    assert (first["resumed_at_step"], second["resumed_at_step"], second["steps"]) == (0, 4, 4)
+    assert second["scores"] == first["scores"]
+
+
+def test_training_goes_on_from_the_checkpoint_before_a_damaged_one(chat_model, files, tmp_path):
+    call = arguments(chat_model, files, tmp_path, "--save_steps", 2, "--save_total_limit", 3)
+    first = main(call)
+    checkpoints = tmp_path / "run" / "checkpoints"
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
+    for step in (4, 6):
+        cut(checkpoints / f"checkpoint-{step}" / "model.safetensors")
+    (tmp_path / "run" / "summary.json").unlink()
+    second = main(call)
+    assert second["resumed_at_step"] == 2
+    assert second["scores"] == first["scores"]
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
+
+
+def test_other_data_in_the_same_file_are_another_run(chat_model, files, tmp_path):
+    call = arguments(chat_model, files, tmp_path, "--save_steps", 2)
+    first = main(call)
+    write(files[0], [preference(i) for i in range(200, 224)])
+    second = main(call)
+    assert second["resumed_at_step"] == 0
+    assert second["scores"] != first["scores"]
+
+
+def test_another_number_of_processes_does_not_continue(tmp_path):
+    (tmp_path / "settings.yaml").write_text("seed: 0\nprocesses: 2\n")
+    assert last_checkpoint(tmp_path, {"seed": 0, "processes": 1}) is None  # nothing to continue
+    folder = tmp_path / "checkpoints" / "checkpoint-4"
+    folder.mkdir(parents=True)
+    write_checksums(folder)
+    assert last_checkpoint(tmp_path, {"seed": 0, "processes": 2}) == folder
+    with pytest.raises(UserError, match="checkpoint-4 was written by 2 processes, and this run has 1"):
+        last_checkpoint(tmp_path, {"seed": 0, "processes": 1})
+
+
+def test_the_newest_checkpoints_are_kept_by_step(tmp_path):
+    for name in ("checkpoint-9", "checkpoint-10", "checkpoint-2", "checkpoint-11.bak"):
+        (tmp_path / name).mkdir()
+    keep_newest(tmp_path, 2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-10", "checkpoint-11.bak", "checkpoint-9"]
+
+
 def cut(path):
     path.write_bytes(path.read_bytes()[:-3])
 
@@ -180,6 +231,7 @@ def flip(path):
         ("trainer_state.json", Path.unlink, "trainer_state.json is missing"),
         ("more.safetensors", Path.touch, "more.safetensors was added"),
         ("checksums.json", cut, "checksums.json is not readable"),
+        ("checksums.json", lambda path: path.write_text("[]"), "checksums.json is not readable"),
     ],
 )
 def test_a_damaged_checkpoint_is_refused_and_the_one_before_it_used(tmp_path, caplog, file, harm, fault):
@@ -206,7 +258,7 @@ def test_killed_at_random_points_it_ends_with_the_weights_of_an_undisturbed_run(
     quiet = {"cwd": ROOT, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     subprocess.run(command("whole"), **quiet, check=True, timeout=120)
     rng, folder, kills = random.Random(0), tmp_path / "killed" / "checkpoints", 0
-    while kills < 4:
+    while kills < 4 and not (tmp_path / "killed" / "summary.json").exists():
         process = subprocess.Popen(command("killed"), **quiet)
         target = int(max((p.name.split("-")[1] for p in folder.glob("checkpoint-*")), key=int, default=0)) + 2
         while process.poll() is None and not (folder / f"checkpoint-{target}").exists():
@@ -216,6 +268,7 @@ def test_killed_at_random_points_it_ends_with_the_weights_of_an_undisturbed_run(
             process.kill()
             kills += 1
         process.wait()
+    assert kills >= 2
     subprocess.run(command("killed"), **quiet, check=True, timeout=120)
     whole, killed = ((tmp_path / name / "model" / "model.safetensors").read_bytes() for name in ("whole", "killed"))
     assert whole == killed
@@ -294,6 +347,14 @@ def test_long_pairs_are_set_aside_until_they_are_too_many(chat_model, files, tmp
         (["--leaked_prompts", "ignore"], "leaked_prompts: must be one of drop, keep, stop"),
         (["--load_in_4bit", "true"], "load_in_4bit: 4-bit weights cannot be trained themselves; add use_peft: true"),
         (["--learning_rat", "1"], "learning_rate"),
+        (["--learning_rate", "0"], "learning_rate: must be at least"),
+        (["--adam_beta1", "1.5"], "adam_beta1: must be from 0 to 1, got 1.5"),
+        (["--max_steps", "0"], "max_steps: must be above 0, or -1"),
+        (["--num_train_epochs", "0"], "num_train_epochs: must be at least"),
+        (["--save_steps", "-1"], "save_steps: must be at least 0"),
+        (["--save_total_limit", "0"], "save_total_limit: must be at least 1"),
+        (["--center_rewards_coefficient", "-1"], "center_rewards_coefficient: must be at least 0"),
+        (["--token_budget", "-1"], "token_budget: must be at least 0"),
         (["--model_name_or_path", "no/such/folder"], "no/such/folder"),
         (["--train_files", "no_such_file.jsonl"], "no_such_file.jsonl"),
     ],
