@@ -11,7 +11,6 @@ response wins. A finished part is not run again. The last line is one JSON objec
 import argparse
 import json
 import os
-import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -24,6 +23,8 @@ from rlhf import cli  # noqa: I001  (first: it switches off telemetry before trl
 
 import torch
 
+from benchmarks.hh_pairs import KIT, SETS
+from benchmarks.memory import peak_mib
 from benchmarks.trl_peer import trl_trainer
 from configs.chat import load_chat_format
 from configs.records import read_preferences
@@ -36,8 +37,6 @@ from rlhf import train_reward
 from rlhf.reward_training import RewardTrainer, score_pairs
 
 ROOT = Path(__file__).resolve().parents[1]
-KIT = Path(os.environ.get("RLHF_KIT", ROOT.parent / "shared" / "data"))
-SETS = ("helpful", "harmless")
 SIDES = ("trl", "ours")
 
 
@@ -57,6 +56,8 @@ def flags(settings: argparse.Namespace, name: str) -> list[str]:
         "max_length": settings.max_length,
         "max_reject_share": 0.2,  # pairs whose last turn alone is longer are left out on both sides
         "margin": "none",
+        "deduplicate": False,  # the peer gets every pair
+        "leaked_prompts": "keep",
         "learning_rate": settings.learning_rate,
         "per_device_train_batch_size": settings.batch_size,
         "num_train_epochs": 1,
@@ -89,8 +90,11 @@ class Times:
 
     def write(self, folder: Path) -> None:
         """Put the figures into `folder/times.json`."""
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        figures = {"seconds": monotonic() - self.wall, "cpu_seconds": sum(os.times()[:2]) - self.cpu, "peak_mib": peak}
+        figures = {
+            "seconds": monotonic() - self.wall,
+            "cpu_seconds": sum(os.times()[:2]) - self.cpu,
+            "peak_mib": peak_mib(),
+        }
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "times.json").write_text(json.dumps(figures), encoding="utf-8")
 
@@ -132,6 +136,9 @@ def main(settings: argparse.Namespace) -> None:
     """Train what is missing, test, print."""
     torch.set_num_threads(1)
     output = Path(settings.output_dir)
+    wanted = {
+        name: getattr(settings, name) for name in ("model", "max_length", "batch_size", "learning_rate", "max_steps")
+    }
     if settings.child:
         side, name = settings.child.split("-")
         (train_ours if side == "ours" else train_trl)(settings, name, output / settings.child)
@@ -139,11 +146,15 @@ def main(settings: argparse.Namespace) -> None:
     if not (output / "start" / "config.json").exists():
         tokenizer = load_tokenizer(settings.model)
         save_reward_model(create_reward_model(settings.model, tokenizer), tokenizer, output / "start", "a fresh head\n")
+    asked = output / "asked.json"
+    if asked.exists() and json.loads(asked.read_text(encoding="utf-8")) != wanted:
+        sys.exit(f"{output} holds runs of other settings; name another --output_dir")
+    asked.write_text(json.dumps(wanted), encoding="utf-8")
     results: dict[str, Any] = {}
     for name in settings.sets:
         for side in settings.sides:
             folder = output / f"{side}-{name}"
-            if not (folder / "times.json").exists():
+            if not (folder / "model" / "README.md").exists():  # written last
                 print(f"== {side}, {name}", flush=True)
                 # A process of its own, so that its memory is its own.
                 subprocess.run([sys.executable, *sys.argv, "--child", f"{side}-{name}"], check=True)

@@ -11,7 +11,7 @@ last line is one JSON object:
     ratio          our pairs/s over those of trl's random batches, gradient checkpointing off on both sides
     ratio_default  over trl's defaults (checkpointing on; bfloat16, its default too, is off on both sides)
     ratio_best     both with train_sampling_strategy group_by_length, trl's fastest setting
-    memory_ratio   our peak over trl's with random batches, each above what is resident after the imports
+    memory_ratio   our peak over trl's with random batches, each above what is resident with libraries and pairs loaded
 """
 
 import argparse
@@ -88,7 +88,9 @@ def trainer_of(side: str, pairs: list[EncodedPair], folder: str, scratch: str, *
 
 
 def measure(side: str, pairs: list[EncodedPair], folder: str, scratch: str) -> dict[str, float]:
-    """Processor seconds of one pass over `pairs` after a short one to warm up, and the peak above the imports, MiB."""
+    """Processor seconds of one pass over `pairs` after a short one to warm up, and the peak above what is resident now,
+    with libraries and pairs loaded, MiB.
+    """
     before = resident_mib()
     trainer_of(side, pairs[:WARM_UP], folder, scratch).train()
     trainer = trainer_of(side, pairs[WARM_UP:], folder, scratch)
@@ -172,7 +174,7 @@ def main(rounds: int, count: int, lengths: bool) -> None:
                 print(f"round {i + 1}: {side}: {found['pairs'] / found['seconds']:.2f} pairs/s", flush=True)
         rates = {side: median(run["pairs"] / run["seconds"] for run in found) for side, found in runs.items()}
         peaks = {side: median(run["peak_mib"] for run in found) for side, found in runs.items()}
-        print("\n| reward training | pairs/s | peak MiB above the imports |\n|---|---|---|")
+        print("\n| reward training | pairs/s | peak MiB above libraries and pairs |\n|---|---|---|")
         for side in SIDES:
             print(f"| {side} | {rates[side]:.2f} | {peaks[side]:.0f} |")
         table = {}
