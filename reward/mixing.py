@@ -9,6 +9,7 @@ from fractions import Fraction
 from typing import Any
 
 from configs.errors import UserError
+from configs.records import first_user_turn
 
 
 def mix_sizes(available: Sequence[int], weights: Sequence[float] | None, total: int | None = None) -> list[int]:
@@ -50,6 +51,22 @@ def mix(sources: Sequence[Sequence[Any]], sizes: Sequence[int], seed: int) -> li
     rng.shuffle(drawn)
     in_turn = [iter(sorted((d for d in drawn if d[0] == n), key=lambda d: d[1])) for n in range(len(sources))]
     return [next(in_turn[number])[2] for number, _, _ in drawn]
+
+
+def nested_subsets(
+    rows: Sequence[dict[str, Any]], shares: Sequence[float], by_prompt: bool, seed: int
+) -> list[list[dict[str, Any]]]:
+    """For each share in (0, 1] the rows of that part, in their order; a smaller part lies inside every larger one.
+
+    A part is the first `share` of one seeded order: of the prompts (first user turns, with all their rows) or of the
+    rows, rounded down.
+    """
+    keys: list[Any] = [first_user_turn(row) for row in rows] if by_prompt else list(range(len(rows)))
+    order = list(dict.fromkeys(keys))
+    random.Random(seed).shuffle(order)
+    place = {key: i for i, key in enumerate(order)}
+    sizes = [int(share * len(order) + 1e-9) for share in shares]
+    return [[row for row, key in zip(rows, keys, strict=True) if place[key] < size] for size in sizes]
 
 
 def _apportion(weights: Sequence[float], total: int) -> list[int]:

@@ -1,6 +1,8 @@
 """Estimates with 95 % intervals [pure]."""
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -36,3 +38,17 @@ def paired_bootstrap(
     means = np.array([difference[rng.integers(0, difference.size, difference.size)].mean() for _ in range(draws)])
     low, high = np.percentile(means, [2.5, 97.5])
     return float(difference.mean()), (float(low), float(high))
+
+
+def share_over_seeds(shares: Sequence[float], n: int) -> dict[str, Any]:
+    """{"mean", "ci95", "sd"} of a share that several trainings reached on the same n trials.
+
+    The interval is Wilson's of the mean at n: the trials are the same each time, so more seeds do not narrow it, and
+    it says nothing of how trainings differ. That is `sd`, over the trainings (n - 1 form; None for one). All None for
+    no trials.
+    """
+    if n == 0 or not shares:
+        return {"mean": None, "ci95": None, "sd": None}
+    mean = min(math.fsum(shares) / len(shares), 1.0)
+    deviation = float(np.std(shares, ddof=1)) if len(shares) > 1 else None
+    return {"mean": mean, "ci95": list(wilson(mean * n, n)), "sd": deviation}

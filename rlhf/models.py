@@ -24,7 +24,15 @@ import torch
 import yaml
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+from transformers import logging as transformers_logging
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from configs.chat import load_chat_format, sentencepiece_file, training_chat_template
@@ -120,6 +128,40 @@ def add_lora(model: PreTrainedModel, settings: ModelSettings) -> PeftModel:
         return get_peft_model(model, config)
     except ValueError as error:
         raise UserError(f"lora_target_modules: {error}") from error
+
+
+def first_layers(config: PretrainedConfig, layers: int) -> dict[str, Any]:
+    """The fields of `config` that change where only the first `layers` layers are kept."""
+    kinds = getattr(config, "layer_types", None)
+    return {"num_hidden_layers": layers} | ({} if kinds is None else {"layer_types": kinds[:layers]})
+
+
+def save_first_layers(path: str, layers: int, folder: str | Path) -> Path:
+    """Write the first `layers` layers of the model at `path`, its embeddings, head and tokenizer to `folder`.
+
+    A folder that is there is kept: it is written beside its place and moved there whole. What the upper layers had
+    learnt is lost, and the head was made for them: such a model wants training. UserError where it cannot be loaded.
+    """
+    folder = Path(folder)
+    if folder.exists():
+        return folder
+    started = folder.with_name(f"{folder.name}.part")
+    shutil.rmtree(started, ignore_errors=True)
+    config = AutoConfig.from_pretrained(path)
+    before = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()  # the upper layers' weights are left out on purpose
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            path, dtype="auto", use_safetensors=True, **first_layers(config, layers)
+        )
+    except (OSError, ValueError) as error:
+        raise UserError(f"no causal language model can be loaded from {path!r}: {error}") from error
+    finally:
+        transformers_logging.set_verbosity(before)
+    settings = {"model_name_or_path": path, "layers": layers}
+    save_policy(model, load_tokenizer(path), started, model_card("first_layers", settings, {}, {}))
+    started.rename(folder)
+    return folder
 
 
 def _grow_embeddings(model: PreTrainedModel, vocabulary: int) -> None:

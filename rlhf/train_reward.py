@@ -60,7 +60,7 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
         return done
     if settings.load_in_4bit and not model_settings.use_peft:
         raise UserError("load_in_4bit: 4-bit weights cannot be trained themselves; add use_peft: true")
-    margins = _margins(settings)
+    margins = rating_margins(settings)
     started = monotonic()
     arguments = training_arguments(run_settings, settings)  # joins the processes of a distributed run
     is_main = arguments.process_index == 0
@@ -185,7 +185,7 @@ def last_checkpoint(output_dir: Path, resolved: dict[str, Any]) -> Path | None:
     return checkpoint
 
 
-def _margins(settings: RewardSettings) -> dict[str, float] | None:
+def rating_margins(settings: RewardSettings) -> dict[str, float] | None:
     """Rating -> margin, or None for Eq. 1."""
     if settings.margin == "none" and settings.margin_table is None:
         return None
@@ -231,6 +231,7 @@ def _samples(
             "r_rejected": r_rejected,
             "margin": pair.margin,
             "rating": pair.row.get("rating"),
+            "safety": pair.row.get("safety"),
             "source": pair.row.get("source"),
         }
         for pair, r_chosen, r_rejected in zip(pairs[:count], chosen, rejected, strict=False)

@@ -18,7 +18,7 @@ from tiny_models import save_tiny_policy, save_tiny_reward_model, tiny_tokenizer
 
 from configs.chat import load_chat_format
 from reward.model import add_lora, create_reward_model, load_reward_model
-from rlhf import cli
+from rlhf import cli, scaling_study
 from rlhf.models import load_policy, resolve_dtype
 from rlhf.pipeline import PipelineSettings, Stage, read_stages
 from rlhf.roles import load_roles
@@ -77,6 +77,10 @@ def with_tiny_models(path: Path, tiny: dict[str, str]) -> list[str]:
 @by_name
 def test_the_models_of_every_config_load(path, tiny):
     run = stage_of(path)
+    if run == "scaling_study":
+        study = parse(run, path, "--model_name_or_paths", tiny["policy"], "--layers", "1", "2")["ScalingSettings"]
+        assert [model.layers for model in scaling_study.study_models(study)] == [1, None]
+        return
     settings = parse(run, path, *with_tiny_models(path, tiny))
     tokenizer = tiny_tokenizer()
     if "chat_format" in settings:
@@ -190,6 +194,15 @@ def test_the_stages_of_the_demo_parse(demo, tmp_path):
         config = tmp_path / f"{stage.name}.yaml"
         config.write_text(yaml.safe_dump(stage.settings))
         assert parse(stage.run, config)["output_dir"] == f"somewhere/{stage.name}"
+
+
+def test_the_scaling_study_trains_as_the_demo_does(demo):
+    """Its settings repeat the demo's, so that one change of them cannot go unnoticed."""
+    study = yaml.safe_load((CONFIGS / "scaling_demo.yaml").read_text().replace("runs/demo", "somewhere"))
+    stage = next(stage.settings for stage in demo if stage.name == "reward_helpfulness")
+    assert study["model_name_or_paths"] == [stage["model_name_or_path"]]
+    own = ("model_name_or_path", "output_dir", "seed")
+    assert {name: study[name] for name in stage if name not in own} == {k: v for k, v in stage.items() if k not in own}
 
 
 def test_a_stage_of_the_demo_reads_only_what_it_waits_for(demo):
