@@ -16,7 +16,7 @@ Decisions that are easy to get wrong and therefore live in one place:
 import hashlib
 import logging
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -235,6 +235,11 @@ def model_card(
     lines += [f"| `{name}` | `{fingerprint}` |" for name, fingerprint in data.items()]
     lines += ["", "## Settings", "", "```yaml", yaml.safe_dump(dict(settings), sort_keys=True).rstrip(), "```", ""]
     return "\n".join(lines)
+
+
+def data_fingerprints(*lists: Sequence[str] | None) -> dict[str, str]:
+    """`data_fingerprint` of every file of the lists, by its path."""
+    return {path: data_fingerprint(path) for paths in lists for path in paths or ()}
 
 
 def data_fingerprint(path: str) -> str:

@@ -46,7 +46,7 @@ from configs.scaling_settings import CellModelSettings, ScalingSettings, StudyRu
 from reward.data import encode_pairs  # noqa: E402
 from reward.mixing import nested_subsets  # noqa: E402
 from rlhf import scaling_report, train_reward  # noqa: E402
-from rlhf.models import first_layers, load_tokenizer, save_first_layers  # noqa: E402
+from rlhf.models import data_fingerprints, first_layers, load_tokenizer, save_first_layers  # noqa: E402
 from rlhf.pipeline import Stage, run_stages  # noqa: E402
 from rlhf.plots import STYLE  # noqa: E402
 from rlhf.report import WIDTH  # noqa: E402
@@ -110,7 +110,7 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
                        "train_files": [files[seed]], "eval_files": [test_file]}  # fmt: skip
                 stages.append(Stage(name, "train_reward", (), common | own, output_dir / name))
                 cells[name] = {"model": model.label, "parameters": model.parameters, "share": share, "seed": seed}
-    waiting = [stage for stage in stages if not RunFolder.completed(stage.folder, stage.settings)]
+    waiting = [stage for stage in stages if not _complete(stage)]
     state.wait_for_everyone()
     if state.is_main_process:
         console.print(f"[bold]{len(stages)} cells[/bold] -> {output_dir}; {len(stages) - len(waiting)} are complete")
@@ -134,6 +134,12 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
         _show(summary, console)
     state.wait_for_everyone()
     return summary
+
+
+def _complete(stage: Stage) -> bool:
+    """Whether the cell has been trained, with these settings and data, as rlhf/train_reward.py itself would find."""
+    data = data_fingerprints(stage.settings["train_files"], stage.settings["eval_files"])
+    return RunFolder.completed(stage.folder, stage.settings | {"data": data}) is not None
 
 
 def study_models(settings: ScalingSettings) -> list[StudyModel]:

@@ -42,7 +42,7 @@ from reward.evaluation import pair_summary  # noqa: E402
 from reward.loss import margin_table  # noqa: E402
 from reward.model import add_lora, create_reward_model, save_reward_model  # noqa: E402
 from rlhf.hardware import attend_in_float32  # noqa: E402
-from rlhf.models import data_fingerprint, freeze_embeddings, load_tokenizer, model_card, resolve_dtype  # noqa: E402
+from rlhf.models import data_fingerprints, freeze_embeddings, load_tokenizer, model_card, resolve_dtype  # noqa: E402
 from rlhf.roles import unwrap  # noqa: E402
 from rlhf.reward_inputs import read_inputs  # noqa: E402
 from rlhf.reward_training import CHECKPOINTS, RewardTrainer, score_pairs, training_arguments  # noqa: E402
@@ -54,7 +54,7 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
     """Train, test, save; returns the summary that is also in `output_dir/summary.json`."""
     settings, model_settings, run_settings = cli.parse(RewardSettings, ModelSettings, RunSettings, args=args)
     # Other data in the same file make another run.
-    data = {path: data_fingerprint(path) for path in [*settings.train_files, *(settings.eval_files or [])]}
+    data = data_fingerprints(settings.train_files, settings.eval_files)
     resolved = {**asdict(settings), **asdict(model_settings), **asdict(run_settings), "data": data}
     if done := RunFolder.completed(run_settings.output_dir, resolved):
         return done
