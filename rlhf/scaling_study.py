@@ -78,6 +78,7 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
     settings, reward, model_settings, run_settings = parts
     not_set = ("model_name_or_path", "seed")  # each cell's own
     resolved = {k: v for part in parts for k, v in asdict(part).items() if k not in not_set}
+    resolved["data"] = data_fingerprints(reward.train_files, reward.eval_files)
     output_dir, console = Path(run_settings.output_dir), Console(highlight=False)
     if done := RunFolder.completed(output_dir, resolved):
         _show(done, console)
@@ -110,8 +111,8 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
                        "train_files": [files[seed]], "eval_files": [test_file]}  # fmt: skip
                 stages.append(Stage(name, "train_reward", (), common | own, output_dir / name))
                 cells[name] = {"model": model.label, "parameters": model.parameters, "share": share, "seed": seed}
+    state.wait_for_everyone()  # until the data files are there
     waiting = [stage for stage in stages if not _complete(stage)]
-    state.wait_for_everyone()
     if state.is_main_process:
         console.print(f"[bold]{len(stages)} cells[/bold] -> {output_dir}; {len(stages) - len(waiting)} are complete")
     train_cells(waiting, settings.parallel_cells, state, console)

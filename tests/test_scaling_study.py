@@ -229,6 +229,12 @@ def test_a_killed_study_goes_on_where_it_was(call, tmp_path, monkeypatch, capsys
     assert scaling_study.main(call) == summary  # complete: nothing is done again
     assert len(trained) == 7
     shutil.rmtree(study / "sft-1layer-1-seed0" / "model")  # the cells' models may be deleted
+    write_rows(tmp_path / "train.jsonl", [*ROWS, row("question new", 0)])  # other data under the same name
+    monkeypatch.setattr(train_reward, "main", lambda args: pytest.fail("a cell begins again, as it should"))
+    with pytest.raises(pytest.fail.Exception):
+        scaling_study.main(call)
+    write_rows(tmp_path / "train.jsonl", ROWS)
+    monkeypatch.setattr(train_reward, "main", until_the_fourth)
     more = scaling_study.main([*call[:7], "2", *call[9:], "--seeds", "0", "1"])
     assert trained[7:] == [f"sft-2layers-{share}-seed1" for share in ("0.25", "0.5", "1")]
     assert [len(p["seeds"]) for p in more["points"]] == [2, 2, 2]
