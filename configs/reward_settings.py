@@ -127,7 +127,7 @@ class RewardSettings:
     train_sampling_strategy: str = field(
         default="random",
         metadata={
-            "help": "random, sequential or group_by_length (pairs of similar length share a step; steps shuffled)."
+            "help": "random, sequential or group_by_length (as in transformers: 50 steps at a time from long to short)."
         },
     )
     bf16: bool = field(default=False, metadata={"help": "bfloat16 autocast while training; weights keep their dtype."})

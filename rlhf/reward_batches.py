@@ -20,7 +20,7 @@ Step = dict[str, Any]  # "pairs": pairs of the step over all processes; "micro_b
 class StepSampler(Sampler[list[int]]):
     """Indices of the pairs of each optimizer step, all processes' together; a batch sampler.
 
-    `strategy`: `random` and `group_by_length` (pairs of similar length share a step; the steps are in random order)
+    `strategy`: `random` and `group_by_length` (transformers': stretches of 50 steps, each sorted from long to short)
     shuffle anew each epoch, `sequential` does not.
     It draws from a generator of its own, seeded by seed and epoch, so that a run resumed in the middle of an epoch sees
     the order of the undisturbed run.
@@ -50,12 +50,7 @@ class StepSampler(Sampler[list[int]]):
             order = torch.randperm(len(self.lengths), generator=generator).tolist()
         else:
             order = get_length_grouped_indices(self.lengths, self.pairs_per_step, generator=generator)
-        steps = [order[i : i + self.pairs_per_step] for i in range(0, len(order), self.pairs_per_step)]
-        if self.strategy == "group_by_length":
-            # transformers sorts stretches of 50 steps from long to short: length would go with the learning rate, and
-            # every epoch would end on the shortest pairs.
-            steps = [steps[i] for i in torch.randperm(len(steps), generator=generator)]
-        yield from steps
+        yield from (order[i : i + self.pairs_per_step] for i in range(0, len(order), self.pairs_per_step))
 
 
 class StepCollator:
