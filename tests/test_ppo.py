@@ -20,7 +20,7 @@ from configs.model_settings import ModelSettings
 from configs.ppo_settings import PPOSettings
 from rlhf import ppo as ppo_script
 from rlhf import update as update_module
-from rlhf.hardware import token_budget
+from rlhf.hardware import FLOAT_ATTENTION, token_budget
 from rlhf.prompts import prompts_of
 from rlhf.roles import Sequences, load_roles
 from rlhf.rollout import Prompt, advantages_and_returns, collect
@@ -362,7 +362,7 @@ def test_a_run_killed_while_it_hands_over_the_best_policy_finishes(paths, tmp_pa
 def test_bf16_rounds_hidden_states_and_little_else(paths):
     settings = settings_for(paths)
     plain, mixed = load(paths, settings), load(paths, replace(settings, bf16=True))
-    assert mixed.policy.config._attn_implementation == "sdpa_in_float32"
+    assert mixed.policy.config._attn_implementation == FLOAT_ATTENTION
     one, two = roll(plain, settings), roll(mixed, replace(settings, bf16=True))
     assert one.responses == two.responses  # sampling is left alone
     for name in ("logprobs_BR", "reference_logprobs_BR", "values_BR", "r_helpfulness_B", "r_safety_B"):
