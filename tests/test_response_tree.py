@@ -127,10 +127,10 @@ def test_scores_are_those_of_separate_rows(llama, drawn, causal_from):
     torch.testing.assert_close(found, scores_apart(llama, pairs), atol=2e-5, rtol=1e-4)
 
 
-PAIRS = [pair([5, 6, 9, 3], [7, 8], [9, 2, 2, 4]), pair([1], [3, 3, 3], [4])]
+PAIRS = [pair([5, 6, 9, 3], [7, 8], [9, 2, 2, 4]), pair([1, 6, 2], [3, 3, 3], [4])]
 
 
-@pytest.mark.parametrize("causal_from", [1, 2, 256])
+@pytest.mark.parametrize("causal_from", [3, 256])
 @pytest.mark.parametrize("attention", ["sdpa", "eager", "float32"])
 @pytest.mark.parametrize("name", ["llama", "gpt2", "mistral"])
 def test_gradients_are_those_of_separate_rows(tmp_path_factory, monkeypatch, name, attention, causal_from):
