@@ -44,9 +44,10 @@ from rlhf.hardware import peak_memory_mib, token_budget
 from rlhf.models import data_fingerprint, load_tokenizer, model_card, save_policy
 from rlhf.prompts import prompts_of, read_encoded
 from rlhf.roles import load_roles, unwrap
-from rlhf.rollout import Prompt, Rollout, advantages_and_returns, collect
+from rlhf.rollout import Rollout, advantages_and_returns, collect
 from rlhf.run import RunFolder
 from rlhf.sampler import prompt_room
+from rlhf.samples import Prompt
 from rlhf.update import make_optimizer, update
 
 EVALUATION = 2**31  # added to the seed of held-out sampling: never the seed of an iteration

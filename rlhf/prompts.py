@@ -6,7 +6,7 @@ from typing import Any
 
 from configs.chat import ChatFormat
 from configs.records import read_prompts
-from rlhf.rollout import Prompt
+from rlhf.samples import Prompt
 
 
 def read_encoded(

@@ -19,15 +19,7 @@ from reward.combine import combined_reward, whiten
 from rlhf.advantages import gae, masked_whiten, moments, per_token_kl, place_rewards
 from rlhf.roles import Roles, Sequences
 from rlhf.sampler import sample
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """A prompt record, encoded once."""
-
-    messages: list[dict[str, str]]
-    ids: list[int]
-    is_safety: bool
+from rlhf.samples import Prompt
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ for single responses, `DialogueSession` for dialogues of many turns. Both decode
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,21 +16,7 @@ from configs.sampling_settings import SamplingSettings
 from rlhf.decoding import Run, decode, evaluating, feed
 from rlhf.draw import sample_seeds, uniforms
 from rlhf.kv_cache import RowCache, blocked
-
-
-@dataclass(frozen=True)
-class SampleBatch:
-    """N = len(prompts) * k samples, prompt-major: sample j of prompt p is entry p * k + j of every list."""
-
-    response_ids: list[list[int]]  # the stop id included where the sample ended by one
-    logprobs: list[list[float]]  # nats a token, under the tempered and truncated distribution drawn from
-    model_logprobs: list[list[float]]  # nats a token, under the model itself (temperature 1, nothing cut)
-    finish_reasons: list[str]  # "stop" | "length"
-    seeds: list[int]  # `sample(..., seed=[...])` with these gives the same samples again, in any batch
-    k: int
-
-    def __len__(self) -> int:
-        return len(self.response_ids)
+from rlhf.samples import SampleBatch
 
 
 def sample(

@@ -23,7 +23,8 @@ from rlhf import update as update_module
 from rlhf.hardware import FLOAT_ATTENTION, token_budget
 from rlhf.prompts import prompts_of
 from rlhf.roles import Sequences, load_roles
-from rlhf.rollout import Prompt, advantages_and_returns, collect
+from rlhf.rollout import advantages_and_returns, collect
+from rlhf.samples import Prompt
 from rlhf.update import make_optimizer, update
 
 SMALL = {"batch_size": 16, "mini_batch_size": 8, "max_new_tokens": 6, "token_budget": 200, "value_coef": 1.0,
