@@ -11,15 +11,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-
 from configs.chat import ChatFormat
 from configs.errors import UserError
 from configs.sampling_settings import SamplingSettings
 from gatt.synth import Draft
 from gatt.transform import Message
-from rlhf.kv_cache import blocked
-from rlhf.sampler import DialogueSession, position_limit
+from rlhf.sampler import position_limit
+from rlhf.sessions import DialogueSession
 
 
 class Increments:
@@ -48,36 +46,6 @@ class Increments:
                 "this chat format rewrites earlier turns once one follows; multi-turn sampling needs another"
             )
         return ids[self._end :]
-
-
-class BranchingSession(DialogueSession):
-    """A session whose last replies can be taken back, and whose dialogues can be dropped."""
-
-    def rewind(self, dialogues: Sequence[int], replies: Sequence[Sequence[int]]) -> None:
-        """Takes back the last reply of `dialogues`, and the last token of the prompt before it: feed that token again.
-
-        `replies` are the last replies of all dialogues of the session, as `reply` returned them, less those dropped
-        since.
-        """
-        assert self._cache is not None
-        row_of = self._row.argsort()
-        for d in dialogues:
-            # n - 1 tokens of a reply of n were fed, and the token of the prompt before them: the row's last n visible
-            # columns.
-            visible = (self._mask[row_of[d], 0, 0, : self._cache.filled] == 0).nonzero().squeeze(1)
-            self._mask[row_of[d], 0, 0, visible[-len(replies[d]) :]] = blocked(self._mask.dtype)
-            self._length[d] -= len(replies[d])
-            self._pending[d] = []
-
-    def keep(self, dialogues: Sequence[int]) -> None:
-        """Only `dialogues` go on; dialogue i is then what was dialogue dialogues[i]."""
-        assert self._cache is not None
-        index_D = torch.tensor(list(dialogues), device=self._row.device)
-        row_D = self._row.argsort()[index_D]
-        self._cache.take_rows(row_D, self._cache.layers[0].columns)
-        self._mask, self._length = self._mask[row_D], self._length[index_D]
-        self._row = torch.arange(len(index_D), device=self._row.device)
-        self._pending = [self._pending[d] for d in dialogues]
 
 
 @dataclass
@@ -118,7 +86,7 @@ class DialogueEngine:
         self.max_length = min(max_length, limit) if limit else max_length
         # The session closes a reply that was cut at its limit with the first stop id: it must be the format's own.
         self.stop_ids = sorted(chat_format.stop_ids, key=lambda i: i != self.increments.end_id)
-        self.session = BranchingSession(model, pad_id, self.stop_ids, self.max_length)
+        self.session = DialogueSession(model, pad_id, self.stop_ids, self.max_length)
         self.places: list[int] = []  # the dialogue in each place of the session
         self.state: dict[int, _Row] = {}
         self.calls = 0

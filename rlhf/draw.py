@@ -1,10 +1,13 @@
 """[pure] One token per row from logits, with random numbers that belong to the sample and not to the batch.
 
-Letters: B rows, V vocabulary, N samples, T steps.
+Letters: B rows, V vocabulary.
 
-Step t of a sample uses `uniform(seed, t)`, a hash (splitmix64) of its own seed and of t. Whatever else is in the batch,
-in whatever order, the sample sees the same numbers; a torch.Generator would hand out numbers by position in the batch.
+Step t of a sample uses `uniforms(seed, t)`, a hash (splitmix64) of its own seed and of t. Whatever else is in the
+batch, in whatever order, the sample sees the same numbers; a torch.Generator would hand out numbers by position in the
+batch.
 """
+
+import math
 
 import torch
 from torch import Tensor
@@ -44,15 +47,16 @@ def sample_seeds(seed: int, count: int, first: int = 0) -> list[int]:
     return (splitmix64(state, index) & ((1 << 63) - 1)).tolist()
 
 
-def uniforms(seeds: list[int], steps: int) -> Tensor:
-    """float32[N, T] in [0, 1): entry (n, t) depends on seeds[n] and t alone. Multiples of 2^-24, exact in float32."""
-    state_N1 = torch.tensor(seeds, dtype=torch.int64)[:, None]
-    bits_NT = splitmix64(state_N1, torch.arange(steps, dtype=torch.int64))
-    return _shift_right(bits_NT, 40).float() * 2.0**-24
+def uniforms(seed_B: Tensor, step_B: Tensor) -> Tensor:
+    """float32[B] in [0, 1): each depends on its seed and step alone. Multiples of 2^-24, exact in float32."""
+    return _shift_right(splitmix64(seed_B, step_B), 40).float() * 2.0**-24
 
 
-def truncate(scaled_BV: Tensor, top_k: int, top_p: float) -> Tensor:
-    """Set the logits outside top-k, then outside top-p of what is left, to -inf (ties at the k-th logit all stay)."""
+def truncate(scaled_BV: Tensor, top_k: int, top_p: float, min_p: float = 0.0) -> Tensor:
+    """Set to -inf the logits outside top-k, then outside top-p of what is left, then below min-p of the likeliest.
+
+    Ties at the k-th logit all stay. The order and the borders are those of transformers' logits warpers.
+    """
     if 0 < top_k < scaled_BV.shape[-1]:
         kth_B1 = scaled_BV.topk(top_k, dim=-1).values[:, -1:]
         scaled_BV = scaled_BV.masked_fill(scaled_BV < kth_B1, -torch.inf)
@@ -63,6 +67,10 @@ def truncate(scaled_BV: Tensor, top_k: int, top_p: float) -> Tensor:
         drop_BV = share_BV.cumsum(dim=-1) - share_BV >= top_p
         drop_BV[:, 0] = False
         scaled_BV = scaled_BV.masked_fill(torch.zeros_like(drop_BV).scatter(-1, order_BV, drop_BV), -torch.inf)
+    if min_p > 0.0:
+        # p / p_max >= min_p, compared as logits.
+        lowest_B1 = scaled_BV.amax(dim=-1, keepdim=True) + math.log(min_p)
+        scaled_BV = scaled_BV.masked_fill(scaled_BV < lowest_B1, -torch.inf)
     return scaled_BV
 
 
@@ -78,10 +86,10 @@ def draw(
     if temperature_B is None and settings.temperature == 0.0:
         token_B = logits_BV.argmax(dim=-1)
         return token_B, torch.zeros_like(uniform_B), _log_prob(logits_BV, token_B)
-    cut = settings.top_p < 1.0 or settings.top_k > 0
+    cut = settings.top_p < 1.0 or settings.top_k > 0 or settings.min_p > 0.0
     plain = temperature_B is None and settings.temperature == 1.0 and not cut
     divisor = settings.temperature if temperature_B is None else temperature_B[:, None]
-    scaled_BV = logits_BV if plain else truncate(logits_BV / divisor, settings.top_k, settings.top_p)
+    scaled_BV = logits_BV if plain else truncate(logits_BV / divisor, settings.top_k, settings.top_p, settings.min_p)
     # Inverse CDF: the first token whose cumulative weight exceeds u * total. `right=True` skips tokens of weight 0;
     # u * total may round up to total, where there is no such token, so it is kept one step below.
     peak_B1 = scaled_BV.amax(dim=-1, keepdim=True)

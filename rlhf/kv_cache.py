@@ -1,8 +1,9 @@
-"""A key/value cache for batched decoding: allocated once, written in place, rows moved as samples finish.
+"""A key/value cache for batched decoding: allocated once, each row packed from its first column, rows copied and moved.
 
 transformers' DynamicCache concatenates the whole cache at every step and keeps finished rows to the end. Here a layer
-holds one buffer [rows, heads, columns, head width]; a forward writes its columns into the buffer and attends to a view.
-The rows of the slice `active` take part in the next forward. Letters: R rows, C columns.
+holds one buffer [rows, heads, columns + 1, head width]. A forward writes each token where `RowCache.place` says and
+attends to the first `width` columns: which of them a row may see is the mask's matter. The last column is written by
+tokens that are none (padding, rows that have ended) and read by nobody. Letters: R rows, W tokens fed, C columns.
 """
 
 import torch
@@ -14,13 +15,14 @@ from configs.errors import UserError
 
 
 class RowLayer(DynamicLayer):
-    """One layer's keys and values; `filled` columns are written in all rows (holes are the mask's matter)."""
+    """One layer's keys and values."""
 
     def __init__(self, rows: int, columns: int) -> None:
         super().__init__()
         self.rows, self.columns = rows, columns
-        self.active = slice(0, rows)
-        self.filled = 0
+        self.first_row = self.width = 0
+        self.row_R1: Tensor
+        self.column_RW: Tensor
         self.key_buffer: Tensor
         self.value_buffer: Tensor
 
@@ -28,7 +30,7 @@ class RowLayer(DynamicLayer):
         self.dtype, self.device = key_states.dtype, key_states.device
         # Zeros: a masked column has weight 0, but 0 times the nan that uninitialised memory may hold is nan.
         self.key_buffer, self.value_buffer = (
-            states.new_zeros(self.rows, states.shape[1], self.columns, states.shape[3])
+            states.new_zeros(self.rows, states.shape[1], self.columns + 1, states.shape[3])
             for states in (key_states, value_states)
         )
         self.is_initialized = True
@@ -36,17 +38,14 @@ class RowLayer(DynamicLayer):
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        end = self.filled + key_states.shape[2]
-        if end > self.columns or key_states.shape[0] != self.active.stop - self.active.start:
-            raise ValueError(f"{key_states.shape[0]} rows to column {end}, cache of {self.active} x {self.columns}")
-        keys, values = self.key_buffer[self.active, :, :end], self.value_buffer[self.active, :, :end]
-        keys[:, :, self.filled :] = key_states
-        values[:, :, self.filled :] = value_states
-        self.filled = end
-        return keys, values
+        first = self.first_row
+        rows = slice(first, first + len(key_states))
+        for buffer, states in ((self.key_buffer, key_states), (self.value_buffer, value_states)):
+            buffer[rows][self.row_R1, :, self.column_RW] = states.transpose(1, 2)
+        return self.key_buffer[rows, :, : self.width], self.value_buffer[rows, :, : self.width]
 
     def get_seq_length(self) -> int:
-        return self.filled
+        return self.width
 
 
 class RowCache(Cache):
@@ -62,62 +61,52 @@ class RowCache(Cache):
                 )
         count = config.get_text_config(decoder=True).num_hidden_layers
         super().__init__(layers=[RowLayer(rows, columns) for _ in range(count)])
+        self.rows, self.columns = rows, columns
 
-    @property
-    def filled(self) -> int:
-        """Columns written so far."""
-        return self.layers[0].filled
-
-    def activate(self, rows: slice, filled: int) -> None:
-        """The next forward takes these rows and writes from column `filled`; other rows stay in the buffer."""
+    def place(self, first_row: int, column_RW: Tensor, width: int) -> None:
+        """The next forward is of rows first_row, first_row + 1, ...: token (r, w) goes to column column_RW[r, w] (the
+        number of columns, or -1, for none), and attention is over the first `width` columns."""
+        row_R1 = torch.arange(len(column_RW), device=column_RW.device)[:, None]
         for layer in self.layers:
-            layer.active, layer.filled = rows, filled
+            layer.first_row, layer.row_R1, layer.column_RW, layer.width = first_row, row_R1, column_RW, width
 
-    def take_rows(self, index_R: Tensor, columns: int) -> None:
-        """Make row r a copy of row index_R[r], in buffers of `columns` columns (repeats allowed)."""
+    def copy_rows(self, other: "RowCache", source_R: Tensor, target_R: Tensor, width: int) -> None:
+        """Copy the first `width` columns of the rows source_R of another cache over the rows target_R of this one."""
+        for layer, theirs in zip(self.layers, other.layers, strict=True):
+            if not layer.is_initialized:
+                layer.lazy_initialization(theirs.key_buffer, theirs.value_buffer)
+            layer.key_buffer[target_R, :, :width] = theirs.key_buffer[source_R, :, :width]
+            layer.value_buffer[target_R, :, :width] = theirs.value_buffer[source_R, :, :width]
 
-        def rebuild(buffer: Tensor, filled: int) -> Tensor:
-            new = buffer.new_zeros(len(index_R), buffer.shape[1], columns, buffer.shape[3])
-            new[:, :, :filled] = buffer[:, :, :filled].index_select(0, index_R)
-            return new
-
-        for layer in self.layers:
-            layer.key_buffer = rebuild(layer.key_buffer, layer.filled)
-            layer.value_buffer = rebuild(layer.value_buffer, layer.filled)
-            layer.rows, layer.columns = len(index_R), columns
-            layer.active = slice(0, len(index_R))
-
-    def move_rows(self, source: Tensor, target: Tensor, swap: bool = False) -> None:
-        """Copy rows `source` over rows `target`; with `swap`, the targets' contents go to the sources."""
+    def swap_rows(self, one_R: Tensor, other_R: Tensor, width: int) -> None:
+        """Exchange the first `width` columns of the rows one_R and other_R (disjoint sets)."""
+        both, crossed = torch.cat([one_R, other_R]), torch.cat([other_R, one_R])
         for layer in self.layers:
             for buffer in (layer.key_buffer, layer.value_buffer):
-                move_rows(buffer[:, :, : layer.filled], source, target, swap)
+                buffer[both, :, :width] = buffer[crossed, :, :width]
 
-    def take_columns(self, index_RC: Tensor, columns: int) -> None:
-        """Row r keeps columns index_RC[r], in that order, in buffers of `columns` columns.
-
-        Keys carry their rotary position already, so a token may stand in any column.
-        """
+    def resize(self, index_R: Tensor, rows: int, columns: int) -> None:
+        """Buffers of `rows` x `columns` whose first rows are copies of the rows index_R (repeats allowed)."""
 
         def rebuild(buffer: Tensor) -> Tensor:
-            index = index_RC[:, None, :, None].expand(-1, buffer.shape[1], -1, buffer.shape[3])
-            new = buffer.new_zeros(*buffer.shape[:2], columns, buffer.shape[3])
-            new[:, :, : index_RC.shape[1]] = buffer.gather(2, index)
+            new = buffer.new_zeros(rows, buffer.shape[1], columns + 1, buffer.shape[3])
+            kept = min(columns, buffer.shape[2] - 1)
+            new[: len(index_R), :, :kept] = buffer[index_R, :, :kept]
             return new
 
         for layer in self.layers:
-            layer.key_buffer, layer.value_buffer = rebuild(layer.key_buffer), rebuild(layer.value_buffer)
-            layer.filled, layer.columns = index_RC.shape[1], columns
-
-
-def move_rows(tensor: Tensor, source: Tensor, target: Tensor, swap: bool) -> None:
-    """In place: rows `source` of `tensor` copied over rows `target` (disjoint sets); with `swap`, exchanged."""
-    kept = tensor[target] if swap else None
-    tensor[target] = tensor[source]
-    if kept is not None:
-        tensor[source] = kept
+            if layer.is_initialized:
+                layer.key_buffer, layer.value_buffer = rebuild(layer.key_buffer), rebuild(layer.value_buffer)
+            layer.rows, layer.columns = rows, columns
+        self.rows, self.columns = rows, columns
 
 
 def blocked(dtype: torch.dtype) -> float:
     """The additive mask value of a column that must not be seen: finite, so that a row of them gives no nan."""
     return torch.finfo(dtype).min
+
+
+def visible(position_RW: Tensor, width: int, dtype: torch.dtype) -> Tensor:
+    """Additive mask [R, 1, W, width]: the token at position p of a packed row sees the columns 0 .. p."""
+    hidden = torch.arange(width, device=position_RW.device) > position_RW[:, None, :, None]
+    return torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, blocked(dtype))

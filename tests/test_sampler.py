@@ -5,43 +5,24 @@ import math
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.generation.logits_process import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from configs.errors import UserError
 from configs.sampling_settings import SamplingSettings
 from rlhf import decoding
 from rlhf.draw import draw, sample_seeds, splitmix64, truncate, uniforms
-from rlhf.sampler import DialogueSession, sample
-
-VOCAB, STOP, PAD = 40, 2, 3
+from rlhf.sampler import sample
+from tests.tiny_models import PAD, STOP, VOCAB, ragged_model, ragged_prompts, tiny_config, tiny_tokenizer
 
 
 @pytest.fixture(scope="module")
 def model() -> LlamaForCausalLM:
-    torch.manual_seed(1)
-    config = LlamaConfig(
-        vocab_size=VOCAB,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-        initializer_range=0.3,  # wide enough that the next token depends on the history
-        bos_token_id=1,
-        eos_token_id=STOP,
-        pad_token_id=PAD,
-    )
-    model = LlamaForCausalLM(config)
-    with torch.no_grad():
-        model.lm_head.weight[STOP] *= 3  # so that greedy responses, too, end at different lengths
-    return model
-
-
-def ragged_prompts(count: int, seed: int = 0) -> list[list[int]]:
-    generator = torch.Generator().manual_seed(seed)
-    lengths = torch.randint(1, 12, (count,), generator=generator).tolist()
-    return [torch.randint(4, VOCAB, (n,), generator=generator).tolist() for n in lengths]
+    return ragged_model()
 
 
 def forced_logits(model: LlamaForCausalLM, prompt: list[int], response: list[int]) -> torch.Tensor:
@@ -65,7 +46,7 @@ def test_splitmix64_matches_the_published_first_outputs():
 
 
 def test_uniforms_fill_the_unit_interval_and_do_not_repeat_between_neighbouring_seeds():
-    table = uniforms(sample_seeds(0, 500), 200).double()
+    table = uniforms(torch.tensor(sample_seeds(0, 500))[:, None], torch.arange(200)).double()
     assert table.min() >= 0.0
     assert table.max() < 1.0
     counts = torch.histc(table, bins=10, min=0.0, max=1.0)
@@ -81,6 +62,20 @@ def test_truncate_keeps_the_hand_worked_tokens():
     assert truncate(logits, 0, 0.81).isfinite().tolist() == [[True, True, False, True]]
     assert truncate(logits, 1, 1.0).isfinite().tolist() == [[False, True, False, False]]
     assert truncate(logits, 0, 1e-6).isfinite().tolist() == [[False, True, False, False]]
+    # Of the likeliest token's 0.5, the others have 0.6, 0.3 and 0.1.
+    assert truncate(logits, 0, 1.0, 0.25).isfinite().tolist() == [[True, True, False, True]]
+    assert truncate(logits, 0, 1.0, 0.31).isfinite().tolist() == [[False, True, False, True]]
+
+
+@given(
+    st.integers(1, 12), st.sampled_from([0.3, 0.7, 0.95, 1.0]), st.sampled_from([0.0, 0.05, 0.3]), st.integers(0, 10**6)
+)
+def test_truncate_keeps_what_the_warpers_of_transformers_keep(top_k, top_p, min_p, seed):
+    logits = torch.randn(5, 12, generator=torch.Generator().manual_seed(seed)) * 2
+    expected = logits
+    for warper in [TopKLogitsWarper(top_k)] + [TopPLogitsWarper(top_p)] * (top_p < 1) + [MinPLogitsWarper(min_p)]:
+        expected = warper(None, expected)
+    torch.testing.assert_close(truncate(logits, top_k, top_p, min_p), expected)
 
 
 def test_draw_is_the_inverse_cdf_with_hand_worked_log_probs():
@@ -117,7 +112,9 @@ def test_greedy_equals_generate_token_for_token(model, attention):
     assert {"stop", "length"} == set(batch.finish_reasons), "the prompts must exercise both endings"
 
 
-@pytest.mark.parametrize("settings", [{}, {"temperature": 1.3}, {"temperature": 0.8, "top_k": 10, "top_p": 0.9}])
+@pytest.mark.parametrize(
+    "settings", [{}, {"temperature": 1.3}, {"temperature": 0.8, "top_k": 10, "top_p": 0.9}, {"min_p": 0.2}]
+)
 def test_log_probs_equal_a_teacher_forced_pass(model, settings):
     prompts = ragged_prompts(6)
     batch = run(model, prompts, k=3, max_new_tokens=16, **settings)
@@ -127,7 +124,7 @@ def test_log_probs_equal_a_teacher_forced_pass(model, settings):
         logits = forced_logits(model, prompts[i // 3], response)
         chosen = torch.tensor(response)[:, None]
         plain = logits.log_softmax(-1).gather(1, chosen).squeeze(1)
-        cut = truncate(logits / full.temperature, full.top_k, full.top_p)
+        cut = truncate(logits / full.temperature, full.top_k, full.top_p, full.min_p)
         drawn = cut.log_softmax(-1).gather(1, chosen).squeeze(1)
         torch.testing.assert_close(torch.tensor(batch.model_logprobs[i]).double(), plain, atol=1e-4, rtol=0)
         torch.testing.assert_close(torch.tensor(batch.logprobs[i]).double(), drawn, atol=1e-4, rtol=0)
@@ -186,21 +183,109 @@ def test_a_sample_depends_on_its_own_seed_only(model, monkeypatch):
     assert len({tuple(ids) for ids in whole.response_ids}) > 30
 
 
-def test_a_prompt_is_computed_once_for_its_samples_and_finished_rows_leave(model, monkeypatch):
-    widths = []
+@pytest.fixture
+def forwards(monkeypatch):
+    """(rows, tokens a row, columns attended to) of every forward."""
+    seen = []
     forward = decoding._forward
 
-    def recorded(model, cache, ids, *rest):
-        widths.append(ids.shape)
-        return forward(model, cache, ids, *rest)
+    def recorded(model, cache, first, ids, position, column, width=0):
+        seen.append((*ids.shape, width or int(position.max()) + 1))
+        return forward(model, cache, first, ids, position, column, width)
 
     monkeypatch.setattr(decoding, "_forward", recorded)
-    batch = run(model, ragged_prompts(3), k=20, max_new_tokens=40)
-    assert widths[0][0] == 3
-    assert all(shape[1] == 1 for shape in widths[1:])
-    steps = [sum(len(ids) > step + 1 for ids in batch.response_ids) for step in range(len(widths) - 1)]
-    for (rows, _), needed in zip(widths[1:], steps, strict=True):
+    return seen
+
+
+def test_a_prompt_is_computed_once_for_its_samples_and_finished_rows_leave(model, forwards):
+    batch = run(model, [*ragged_prompts(3), ragged_prompts(3)[1]], k=20, max_new_tokens=40)
+    assert forwards[0][0] == 3, "equal prompts are computed once, too"
+    assert all(tokens == 1 for _, tokens, _ in forwards[1:])
+    steps = [sum(len(ids) > step + 1 for ids in batch.response_ids) for step in range(len(forwards) - 1)]
+    for (rows, *_), needed in zip(forwards[1:], steps, strict=True):
         assert needed <= rows <= needed / (1 - decoding.SHRINK_SHARE) + 1
+
+
+def test_rows_stay_full_while_samples_wait(model, forwards):
+    """32 rows for 400 samples: as long as some wait, hardly a row idles; without refilling, half of them would."""
+    prompts = ragged_prompts(40)
+    batch = run(model, prompts, k=10, max_new_tokens=40, max_rows=32)
+    lengths = [len(ids) for ids in batch.response_ids]
+    assert max(lengths) == 40
+    assert sum(lengths) / len(lengths) < 20
+    decode = [rows for rows, tokens, _ in forwards if tokens == 1 and rows > 1]
+    needed = sum(lengths) - len(lengths)  # the first token comes from the prompt, the last is not fed
+    assert needed <= sum(decode) <= 1.1 * needed + 32 * 40 / 2  # half of the rows idle while the last 32 end
+    fed = sum(rows for rows, tokens, _ in forwards) - sum(decode)
+    assert fed <= 40 + sum(tokens == 1 for _, tokens, _ in forwards)
+
+
+def test_shorter_prompts_get_more_rows_within_the_budget(model, forwards):
+    prompts = [[5] * 90] * 1 + [[6 + i] * 2 for i in range(30)]
+    run(model, prompts, k=4, max_new_tokens=10, token_budget=400)
+    assert max(rows for rows, tokens, _ in forwards if tokens == 1) == 33  # 400 // (2 + 10)
+    assert all(rows * width <= 400 for rows, tokens, width in forwards if tokens == 1)
+
+
+def text_model(tokenizer) -> LlamaForCausalLM:
+    """Says tokens of plain letters, greedily: the logits of all others are 0."""
+    torch.manual_seed(3)
+    model = LlamaForCausalLM(tiny_config(len(tokenizer), initializer_range=0.5))
+    plain = torch.tensor([tokenizer.decode([i]).strip().isalpha() for i in range(len(tokenizer))])
+    with torch.no_grad():
+        model.lm_head.weight[~plain] = 0.0
+    return model
+
+
+def test_responses_end_at_stop_strings_as_those_of_generate_do(model):
+    """Greedy, against generate(stop_strings=...), on a byte-level tokenizer whose stop string spans several tokens."""
+    tokenizer = tiny_tokenizer()
+    network = text_model(tokenizer)
+    prompts = [tokenizer.encode(text) for text in ("What is it?", "Lemon", "A longer question, then", "x")]
+    settings = {"temperature": 0.0, "max_new_tokens": 24}
+    free = sample(network, prompts, 1, SamplingSettings(**settings), stop_ids=[], pad_id=3)
+    texts = [tokenizer.decode(ids) for ids in free.response_ids]
+    stop = [texts[0][4:7], texts[1][9:11]]
+    batch = sample(
+        network, prompts, 1, SamplingSettings(**settings, stop_strings=stop), stop_ids=[], pad_id=3, tokenizer=tokenizer
+    )
+    for prompt, response, reason in zip(prompts, batch.response_ids, batch.finish_reasons, strict=True):
+        ids = torch.tensor([prompt])
+        expected = network.generate(
+            ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=24, eos_token_id=None,
+            pad_token_id=3, stop_strings=stop, tokenizer=tokenizer,
+        )  # fmt: skip
+        assert response == expected[0, len(prompt) :].tolist()
+        assert reason == ("stop" if len(response) < 24 else "length")
+    assert batch.finish_reasons[0] == batch.finish_reasons[1] == "stop"
+    with pytest.raises(ValueError, match="give `tokenizer`"):
+        run(model, [[5]], stop_strings=["a"])
+    few_words = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"the": 0, "cat": 1}, "the")))
+    with pytest.raises(UserError, match="stop_strings"):
+        sample(network, [[5]], 1, SamplingSettings(stop_strings=["#"]), stop_ids=[], pad_id=3, tokenizer=few_words)
+
+
+def test_a_stop_string_is_not_looked_for_in_the_prompt():
+    tokenizer = tiny_tokenizer()
+    network = text_model(tokenizer)
+    prompt = tokenizer.encode("ab")
+    first = sample(network, [prompt], 1, SamplingSettings(temperature=0.0, max_new_tokens=2), stop_ids=[], pad_id=3)
+    text = tokenizer.decode(first.response_ids[0][:1])
+    settings = SamplingSettings(temperature=0.0, max_new_tokens=2, stop_strings=["b" + text])
+    again = sample(network, [prompt], 1, settings, stop_ids=[], pad_id=3, tokenizer=tokenizer)
+    assert again.response_ids == first.response_ids
+    assert again.finish_reasons == ["length"]
+
+
+def test_responses_end_at_further_stop_ids(model):
+    prompts = ragged_prompts(8)
+    free = run(model, prompts, k=4, max_new_tokens=20, seed=5)
+    extra = max({i for ids in free.response_ids for i in ids} - {STOP})
+    batch = run(model, prompts, k=4, max_new_tokens=20, seed=5, stop_token_ids=[extra])
+    for before, after, reason in zip(free.response_ids, batch.response_ids, batch.finish_reasons, strict=True):
+        cut = before[: before.index(extra) + 1] if extra in before else before
+        assert after == cut
+        assert reason == ("stop" if cut[-1] in (extra, STOP) else "length")
 
 
 def test_modes_come_back_and_lora_is_active(model):
@@ -232,74 +317,19 @@ def test_too_long_or_empty_prompts_are_refused_before_sampling(model):
 
 
 @pytest.mark.parametrize(
-    "settings", [{"temperature": -1.0}, {"temperature": math.nan}, {"top_p": 0.0}, {"top_k": -1}, {"max_new_tokens": 0}]
+    "settings",
+    [
+        {"temperature": -1.0},
+        {"temperature": math.nan},
+        {"top_p": 0.0},
+        {"top_k": -1},
+        {"max_new_tokens": 0},
+        {"min_p": 1.0},
+        {"min_p": -0.1},
+        {"stop_strings": [""]},
+        {"stop_token_ids": [-1]},
+    ],  # fmt: skip
 )
 def test_settings_out_of_range_name_the_field(settings):
     with pytest.raises(UserError, match=next(iter(settings))):
         SamplingSettings(**settings)
-
-
-# ---- DialogueSession
-
-
-@pytest.mark.parametrize("feed_tokens", [1024, 40])
-def test_session_equals_prefilling_the_whole_dialogue(model, monkeypatch, feed_tokens):
-    """Ragged turns, greedy: each reply equals generate on the full history; cut replies are closed by the stop id."""
-    monkeypatch.setattr(decoding, "CPU_FEED_TOKENS", feed_tokens)
-    settings = SamplingSettings(temperature=0.0, max_new_tokens=7)
-    session = DialogueSession(model, PAD, [STOP], max_length=256)
-    histories: list[list[int]] = [[] for _ in range(9)]
-    reasons = set()
-    for turn in range(8):
-        new = [[1, *ids] for ids in ragged_prompts(9, seed=turn)]
-        replies = session.reply(new, settings)
-        for history, ids, reply in zip(histories, new, replies, strict=True):
-            history.extend(ids)
-            prompt = torch.tensor([history])
-            expected = model.generate(prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=7)
-            assert reply == expected[0, len(history) :].tolist()
-            history.extend(reply if reply[-1] == STOP else [*reply, STOP])
-            reasons.add(reply[-1] == STOP)
-    assert reasons == {True, False}
-    assert session._mask.shape[-1] < 2 * max(map(len, histories)) + 40, "holes must be squeezed out"
-
-
-def test_session_squeezes_out_holes(model):
-    """Each turn another dialogue has the long message, so most of every row is holes; the replies stay exact."""
-    settings = SamplingSettings(temperature=0.0, max_new_tokens=3)
-    session = DialogueSession(model, PAD, [STOP], max_length=256)
-    histories: list[list[int]] = [[] for _ in range(6)]
-    for turn in range(12):
-        new = [[5 + (turn + d) % 30] * (25 if turn % 6 == d else 1) for d in range(6)]
-        replies = session.reply(new, settings)
-        for history, ids, reply in zip(histories, new, replies, strict=True):
-            history.extend(ids)
-            prompt = torch.tensor([history])
-            expected = model.generate(prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=3)
-            assert reply == expected[0, len(history) :].tolist()
-            history.extend(reply if reply[-1] == STOP else [*reply, STOP])
-    columns, widest = session._mask.shape[-1], max(map(len, histories))
-    assert columns <= 3.5 * widest, "without squeezing, 12 turns of 25 + 3 columns would be more"
-    assert session._cache is not None
-    assert session._cache.filled < 12 * 28 - 60
-
-
-def test_session_draws_anew_each_turn(model):
-    """Logits that ignore the history: only the random numbers can make two turns differ."""
-    flat = copy.deepcopy(model)
-    torch.nn.init.zeros_(flat.lm_head.weight)
-    session = DialogueSession(flat, PAD, [STOP], max_length=256)
-    settings = SamplingSettings(max_new_tokens=12)
-    first, second = session.reply([[5], [5]], settings, seed=3), session.reply([[5], [5]], settings, seed=3)
-    assert len({tuple(ids) for ids in first + second}) == 4
-    again = DialogueSession(flat, PAD, [STOP], max_length=256)
-    assert again.reply([[5], [5]], settings, seed=3) == first
-
-
-def test_session_refuses_a_dialogue_past_its_limit(model):
-    settings = SamplingSettings(max_new_tokens=8)
-    session = DialogueSession(model, PAD, [STOP], max_length=40)
-    session.reply([[5], [5]], settings)
-    session.reply([[5], [5]], settings)
-    with pytest.raises(UserError, match="dialogue 0, turn 3: .* the limit is 40"):
-        session.reply([[5] * 30, [5]], settings)

@@ -71,3 +71,26 @@ def prompt_rows(count: int, seed: int = 0) -> list[dict]:
     return [
         {"prompt": [{"role": "user", "content": f"{i} {words(rng)}"}], "is_safety": i % 4 == 0} for i in range(count)
     ]
+
+
+VOCAB, STOP, PAD = 40, 2, 3  # of `ragged_model`
+
+
+def ragged_model() -> LlamaForCausalLM:
+    """A Llama without a tokenizer whose responses depend on the history and end at different lengths, also greedy."""
+    torch.manual_seed(1)
+    model = LlamaForCausalLM(
+        tiny_config(
+            VOCAB, hidden_size=32, intermediate_size=48, max_position_embeddings=256, initializer_range=0.3,
+            pad_token_id=PAD,
+        )
+    )  # fmt: skip
+    with torch.no_grad():
+        model.lm_head.weight[STOP] *= 3
+    return model
+
+
+def ragged_prompts(count: int, seed: int = 0) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(1, 12, (count,), generator=generator).tolist()
+    return [torch.randint(4, VOCAB, (n,), generator=generator).tolist() for n in lengths]
