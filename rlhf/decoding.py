@@ -9,6 +9,7 @@ Letters: R rows of a forward, C cache columns, V vocabulary, T steps, W width of
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,12 +21,15 @@ from configs.errors import UserError
 from configs.sampling_settings import SamplingSettings
 from rlhf.draw import draw, uniforms
 from rlhf.kv_cache import RowCache, visible
+from rlhf.step_graphs import StepGraphs
 
 SHRINK_SHARE = 0.1  # move rows once this share of them is idle: moving a row costs about as much as a few idle steps
 
 # Tokens of one prompt forward. A core's cache holds the activations of about 1,000 tokens of a small model; a GPU wants
 # more work at once, bounded so that long prompts do not need more memory than decoding.
 CPU_FEED_TOKENS, FEED_TOKENS = 1024, 16_384
+
+RECORDED = ("cuda",)  # devices whose steps are recorded (rlhf/step_graphs.py)
 
 NO_TOKEN = 1 << 40  # stands before a response's first token where its text is searched: in no vocabulary
 
@@ -132,6 +136,7 @@ class Rows:
     ) -> None:
         self.model, self.cache, self.settings, self.stops = model, cache, settings, stops
         self.count = 0
+        self.graphs: StepGraphs | None
         self.owner: np.ndarray = np.zeros(0, np.int64)  # whose response each row holds
         self.length: np.ndarray = np.zeros(0, np.int64)  # tokens of each row in the cache
         self.drawn: np.ndarray = np.zeros(0, np.int64)  # tokens of its response so far
@@ -144,8 +149,18 @@ class Rows:
         self.model_logprobs = self.logprobs.clone()
         self.resize(cache.rows)
 
+    def _forward(self, ids_R1: Tensor, position_R1: Tensor, column_R1: Tensor, width: int) -> Tensor:
+        if self.graphs is not None:
+            return self.graphs(ids_R1, position_R1, column_R1, width)
+        return _forward(self.model, self.cache, 0, ids_R1, position_R1, column_R1, width)
+
     def resize(self, rows: int) -> None:
-        """Room for so many rows (not fewer than `count`); what the first `count` hold stays."""
+        """Room for so many rows (not fewer than `count`); what the first `count` hold stays. Call it when the cache has
+        new buffers, too: recorded steps know the old ones."""
+        self.graphs = None
+        if self.model.device.type in RECORDED:
+            forward = partial(_forward, self.model, self.cache, 0)
+            self.graphs = StepGraphs(forward, rows, self.cache.columns, self.model.device)
         for name in ("owner", "length", "drawn", "running"):
             old = getattr(self, name)
             setattr(self, name, np.concatenate([old[: self.count], np.zeros(rows - self.count, old.dtype)]))
@@ -187,7 +202,7 @@ class Rows:
         index, position_R, column_R, last_R = host.to(self.seed.device, non_blocking=True)
         ids = self.tokens[index, last_R]
         width = int(position.max()) + 1
-        logits = _forward(self.model, self.cache, 0, ids[:, None], position_R[:, None], column_R[:, None], width)
+        logits = self._forward(ids[:, None], position_R[:, None], column_R[:, None], width)
         self.length[: self.count] += running
         return self._draw(rows, index, logits)
 

@@ -14,7 +14,7 @@ from transformers.generation.logits_process import MinPLogitsWarper, TopKLogitsW
 
 from configs.errors import UserError
 from configs.sampling_settings import SamplingSettings
-from rlhf import decoding
+from rlhf import decoding, step_graphs
 from rlhf.draw import draw, sample_seeds, splitmix64, truncate, uniforms
 from rlhf.sampler import sample
 from tests.tiny_models import PAD, STOP, VOCAB, ragged_model, ragged_prompts, tiny_config, tiny_tokenizer
@@ -225,6 +225,39 @@ def test_shorter_prompts_get_more_rows_within_the_budget(model, forwards):
     run(model, prompts, k=4, max_new_tokens=10, token_budget=400)
     assert max(rows for rows, tokens, _ in forwards if tokens == 1) == 33  # 400 // (2 + 10)
     assert all(rows * width <= 400 for rows, tokens, width in forwards if tokens == 1)
+
+
+@pytest.mark.parametrize("works", [True, False])
+def test_steps_of_fixed_shapes_give_the_same_samples(model, forwards, monkeypatch, works, caplog):
+    """Without a GPU: a step is kept instead of being recorded, or recording it fails."""
+    settings = {"k": 3, "max_new_tokens": 30, "max_rows": 20}
+    plain = run(model, ragged_prompts(30), **settings)
+    forwards.clear()
+
+    def record(step):
+        if not works:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return step
+
+    monkeypatch.setattr(step_graphs, "record", record)
+    monkeypatch.setattr(step_graphs, "COLUMNS", 16)
+    monkeypatch.setattr(decoding, "RECORDED", ("cpu",))
+    fixed = run(model, ragged_prompts(30), **settings)
+    assert fixed.response_ids == plain.response_ids
+    for one, other in zip(fixed.logprobs, plain.logprobs, strict=True):
+        assert one == pytest.approx(other, abs=1e-5)
+    shapes = {(rows, width) for rows, tokens, width in forwards if tokens == 1 and width > 11}
+    assert ({rows for rows, _ in shapes} <= {1, 2, 3, 4, 6, 8, 12, 16, 20}) == works
+    assert ({width for _, width in shapes} <= {16, 32, 41}) == works
+    assert [record.message.startswith("decode steps cannot be recorded") for record in caplog.records] == (
+        [] if works else [True]
+    )
+
+
+def test_the_ladder_holds_every_number_with_little_waste():
+    assert [step_graphs.ladder(n) for n in (1, 2, 3, 4, 5, 6, 7, 9, 13, 17, 25, 33, 200, 256, 300)] == [
+        1, 2, 3, 4, 6, 6, 8, 12, 16, 24, 32, 48, 256, 256, 384,
+    ]  # fmt: skip
 
 
 def text_model(tokenizer) -> LlamaForCausalLM:
