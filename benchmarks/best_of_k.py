@@ -168,7 +168,7 @@ def memory_mib(arguments: argparse.Namespace, side: str, model: str, batch: int)
     words = [sys.executable, __file__, "--only", side, "--model", model, "--peer_prompts", str(batch)]
     for name in ("prompts", "k", "max_new_tokens", "token_budget", "longest_prompt"):
         words += [f"--{name}", str(getattr(arguments, name))]
-    words += ["--small"] if arguments.model is None else []
+    words += ["--small"] if arguments.small or arguments.model is None else []
     return float(subprocess.run(words, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
 
 
@@ -224,6 +224,7 @@ def main(arguments: argparse.Namespace) -> None:
                 started = process_time()
                 responses[side] = run(seed)
                 rates[side].append(sum(map(len, responses[side])) / (process_time() - started))
+            print(f"round {seed + 1}, useful tokens/s:", {side: round(found[-1]) for side, found in rates.items()})
         check_same(task, responses)
         memory = {side: memory_mib(arguments, side, folder, batch) for side in sides}
     fed = fed_tokens(task, responses["ours"], batch)
