@@ -2,8 +2,8 @@
 
     python benchmarks/best_of_k.py [--model runs/smollm2] [--rounds 3] [--prompts 64] [--k 16]
 
-Without `--model`, a small Llama is first taught the HH-RLHF dialogues for a minute (`--train_steps`), so that it ends
-its responses where people did; `--model` names any chat model. Prompts are the real ones, or drawn ids of their lengths
+Without `--model`, a Llama of 1.3 M parameters is first taught HH-RLHF dialogues for some minutes (`--train_steps`), so
+that it ends its responses where people did; `--model` names any chat model. Prompts are the real ones, or drawn ids of their lengths
 where they are absent. The peer is `generate(num_return_sequences=k)` over prompts sorted by length, in batches of the
 size that is fastest for it on a part of the prompts (`--peer_prompts` fixes it); it gives no log-probs, ours gives two
 for each token. A useful token is one of a response, its end included. Both must give the same greedy responses, and
@@ -63,11 +63,11 @@ def taught_llama(folder: Path, steps: int) -> None:
     """A small Llama after `steps` optimizer steps on HH-RLHF dialogues, the end token after each, saved to `folder`."""
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=256, intermediate_size=688, num_hidden_layers=4, num_attention_heads=4,
+        vocab_size=VOCABULARY, hidden_size=128, intermediate_size=344, num_hidden_layers=4, num_attention_heads=4,
         num_key_value_heads=4, eos_token_id=EOS, pad_token_id=PAD, max_position_embeddings=8192,
     )  # fmt: skip
     model = LlamaForCausalLM(config)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     pairs, _ = hh_pairs(steps * 8, seed=1, max_length=512)
     for start in range(0, len(pairs), 8):
         batch = [torch.tensor([*pair.chosen_ids[:-1].tolist(), EOS]) for pair in pairs[start : start + 8]]
@@ -253,7 +253,7 @@ if __name__ == "__main__":
     parser.add_argument("--max_new_tokens", type=int, default=256)
     parser.add_argument("--longest_prompt", type=int, default=512)
     parser.add_argument("--token_budget", type=int, default=32_768)
-    parser.add_argument("--train_steps", type=int, default=150)
+    parser.add_argument("--train_steps", type=int, default=600)
     parser.add_argument("--peer_prompts", type=int, default=0)
     parser.add_argument("--only", choices=["ours", "peer"], default=None, help=argparse.SUPPRESS)
     parser.add_argument("--small", action="store_true", help=argparse.SUPPRESS)

@@ -6,12 +6,16 @@ attends to the first `width` columns: which of them a row may see is the mask's 
 tokens that are none (padding, rows that have ended) and read by nobody. Letters: R rows, W tokens fed, C columns.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from configs.errors import UserError
+
+MOVED_PARTS = 4
 
 
 class RowLayer(DynamicLayer):
@@ -78,12 +82,19 @@ class RowCache(Cache):
             layer.key_buffer[target_R, :, :width] = theirs.key_buffer[source_R, :, :width]
             layer.value_buffer[target_R, :, :width] = theirs.value_buffer[source_R, :, :width]
 
-    def swap_rows(self, one_R: Tensor, other_R: Tensor, width: int) -> None:
-        """Exchange the first `width` columns of the rows one_R and other_R (disjoint sets)."""
-        both, crossed = torch.cat([one_R, other_R]), torch.cat([other_R, one_R])
+    def permute_rows(self, source_R: Tensor, target_R: Tensor, width_R: Sequence[int]) -> None:
+        """Row target_R[i] gets the first width_R[i] columns (or more) of what row source_R[i] held; each of the two is
+        a permutation of the other."""
+        # In parts, as a few long rows would have all of them copied at their width.
+        size = -(-len(width_R) // MOVED_PARTS)
+        parts = [(slice(n, n + size), max(width_R[n : n + size])) for n in range(0, len(width_R), size)]
         for layer in self.layers:
+            if not layer.is_initialized:  # nothing has been fed yet
+                continue
             for buffer in (layer.key_buffer, layer.value_buffer):
-                buffer[both, :, :width] = buffer[crossed, :, :width]
+                moved = [buffer[source_R[part], :, :width] for part, width in parts]
+                for (part, width), rows in zip(parts, moved, strict=True):
+                    buffer[target_R[part], :, :width] = rows
 
     def resize(self, index_R: Tensor, rows: int, columns: int) -> None:
         """Buffers of `rows` x `columns` whose first rows are copies of the rows index_R (repeats allowed)."""

@@ -8,9 +8,10 @@ import torch
 
 from configs.errors import UserError
 from configs.sampling_settings import SamplingSettings
-from rlhf.decoding import Drawn, Rows, Stops, evaluating, feed
+from rlhf.decoding import Stops, evaluating, feed
 from rlhf.draw import sample_seeds
 from rlhf.kv_cache import RowCache
+from rlhf.rows import Drawn, Rows
 from rlhf.sampler import position_limit
 
 
@@ -68,7 +69,8 @@ class DialogueSession:
             rows.close_up()
             drawn.update(rows.step())
         # close_up has moved rows; back to row d for dialogue d.
-        self.cache.resize(torch.from_numpy(rows.owner.argsort()).to(self.model.device), count, self.cache.columns)
+        back, every = (torch.from_numpy(x).to(self.model.device) for x in (rows.owner.argsort(), np.arange(count)))
+        self.cache.permute_rows(back, every, rows.length[rows.owner.argsort()].tolist())
         return [drawn[d] for d in range(count)]
 
     def _reserve(self, columns: int) -> None:

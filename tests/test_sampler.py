@@ -3,6 +3,7 @@
 import copy
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -14,7 +15,8 @@ from transformers.generation.logits_process import MinPLogitsWarper, TopKLogitsW
 
 from configs.errors import UserError
 from configs.sampling_settings import SamplingSettings
-from rlhf import decoding, step_graphs
+from rlhf import decoding, shared_prompts, step_graphs
+from rlhf import rows as rows_module
 from rlhf.draw import draw, sample_seeds, splitmix64, truncate, uniforms
 from rlhf.sampler import sample
 from tests.tiny_models import PAD, STOP, VOCAB, ragged_model, ragged_prompts, tiny_config, tiny_tokenizer
@@ -32,7 +34,11 @@ def forced_logits(model: LlamaForCausalLM, prompt: list[int], response: list[int
 
 
 def run(model, prompts, k=1, seed=0, **settings):
-    other = {name: settings.pop(name) for name in ("token_budget", "max_rows", "temperatures") if name in settings}
+    other = {
+        name: settings.pop(name)
+        for name in ("token_budget", "max_rows", "temperatures", "share_prompts")
+        if name in settings
+    }
     return sample(model, prompts, k, SamplingSettings(**settings), stop_ids=[STOP], pad_id=PAD, seed=seed, **other)
 
 
@@ -187,13 +193,14 @@ def test_a_sample_depends_on_its_own_seed_only(model, monkeypatch):
 def forwards(monkeypatch):
     """(rows, tokens a row, columns attended to) of every forward."""
     seen = []
-    forward = decoding._forward
+    forward = decoding.forward
 
-    def recorded(model, cache, first, ids, position, column, width=0):
-        seen.append((*ids.shape, width or int(position.max()) + 1))
-        return forward(model, cache, first, ids, position, column, width)
+    def recorded(model, cache, first, ids, position, column, width, shared=None):
+        seen.append((*ids.shape, width))
+        return forward(model, cache, first, ids, position, column, width, shared)
 
-    monkeypatch.setattr(decoding, "_forward", recorded)
+    for module in (decoding, rows_module):
+        monkeypatch.setattr(module, "forward", recorded)
     return seen
 
 
@@ -203,7 +210,7 @@ def test_a_prompt_is_computed_once_for_its_samples_and_finished_rows_leave(model
     assert all(tokens == 1 for _, tokens, _ in forwards[1:])
     steps = [sum(len(ids) > step + 1 for ids in batch.response_ids) for step in range(len(forwards) - 1)]
     for (rows, *_), needed in zip(forwards[1:], steps, strict=True):
-        assert needed <= rows <= needed / (1 - decoding.SHRINK_SHARE) + 1
+        assert needed <= rows <= needed / (1 - rows_module.IDLE_SHARE) + 1
 
 
 def test_rows_stay_full_while_samples_wait(model, forwards):
@@ -222,15 +229,85 @@ def test_rows_stay_full_while_samples_wait(model, forwards):
 
 def test_shorter_prompts_get_more_rows_within_the_budget(model, forwards):
     prompts = [[5] * 90] * 1 + [[6 + i] * 2 for i in range(30)]
-    run(model, prompts, k=4, max_new_tokens=10, token_budget=400)
+    run(model, prompts, k=4, max_new_tokens=10, token_budget=400, share_prompts=False)
     assert max(rows for rows, tokens, _ in forwards if tokens == 1) == 33  # 400 // (2 + 10)
     assert all(rows * width <= 400 for rows, tokens, width in forwards if tokens == 1)
+    forwards.clear()
+    run(model, prompts, k=4, max_new_tokens=10, token_budget=400)
+    # Twice the prompts of full groups: 400 // (10 + 2 * 90 / 4) rows at first, 400 // (10 + 2 * 2 / 4) at the end.
+    decoded = [rows for rows, tokens, _ in forwards if tokens == 1]
+    assert (decoded[0], max(decoded)) == (7, 36)
+
+
+def test_prompts_that_are_shared_give_the_samples_of_prompts_that_are_copied(model, forwards):
+    """Refilled often, with prompts of many lengths; only the response's own columns are read in a step."""
+    prompts, settings = ragged_prompts(30), {"k": 5, "max_new_tokens": 30, "max_rows": 24}
+    shared = run(model, prompts, **settings)
+    assert max(width for _, tokens, width in forwards if tokens == 1) == 29
+    forwards.clear()
+    copied = run(model, prompts, **settings, share_prompts=False)
+    assert max(width for _, tokens, width in forwards if tokens == 1) > 33
+    assert shared.response_ids == copied.response_ids
+    for one, other in zip(shared.model_logprobs, copied.model_logprobs, strict=True):
+        assert one == pytest.approx(other, abs=1e-5)
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_the_two_parts_of_shared_attention_join_to_plain_attention():
+    """Float64 softmax over prompt and response together; rows of three prompts, one slot unused, grouped heads."""
+    generator = torch.Generator().manual_seed(0)
+    slot, length, width = np.array([3, 0, 3, 1, 0, 3]), np.array([4, 7, 5, 2]), np.array([5, 1, 2, 3, 3, 1])
+    store = shared_prompts.PromptStore(ragged_model(), 4, 7)
+    layer = store.cache.layers[0]
+    layer.key_buffer, layer.value_buffer = torch.randn(2, 4, 2, 8, 8, generator=generator)
+    store.length = length
+    query = torch.randn(6, 4, 1, 8, generator=generator)
+    key, value = torch.randn(2, 6, 2, 5, 8, generator=generator)
+    mask = shared_prompts.visible(torch.from_numpy(width - 1)[:, None], 5, torch.float32)
+    module = torch.nn.Module()
+    module.layer_idx = 0
+    shared = store.shared_by(slot, width)
+    output, _ = shared_prompts.shared_attention(module, query, key, value, mask, shared_prompts=shared, scaling=0.4)
+    for r in range(6):
+        for head in range(4):
+            group, n = head // 2, length[slot[r]]
+            keys = torch.cat([layer.key_buffer[slot[r], group, :n], key[r, group, : width[r]]]).double()
+            values = torch.cat([layer.value_buffer[slot[r], group, :n], value[r, group, : width[r]]]).double()
+            expected = (keys @ query[r, head, 0].double() * 0.4).softmax(0) @ values
+            torch.testing.assert_close(output[r, 0, head].double(), expected, atol=1e-6, rtol=1e-5)
+    assert shared.calls == 1
+
+
+def test_models_whose_attention_is_their_own_get_copied_prompts(model, forwards):
+    model.set_attn_implementation("eager")
+    eager = run(model, ragged_prompts(4), k=3, max_new_tokens=8)
+    model.set_attn_implementation("sdpa")
+    assert max(width for _, tokens, width in forwards if tokens == 1) > 9
+    assert eager.response_ids == run(model, ragged_prompts(4), k=3, max_new_tokens=8).response_ids
+
+
+def test_many_prompts_with_one_slow_response_each_find_room(model):
+    """The store of prompts starts with room for twice the prompts of full groups, and grows."""
+    prompts = [[5 + i, 6] for i in range(30)]
+    store = shared_prompts.PromptStore(model, 2, 4)
+    store.cache.place(0, torch.tensor([[0, 1]] * 2), 2)
+    stage = shared_prompts.RowCache(model.config, 30, 2)
+    decoding.feed(model, stage, prompts, [0] * 30, PAD)
+    slots = [store.add(stage, row, 2, 1) for row in range(30)]
+    assert slots == list(range(30))
+    for row in (0, 17, 29):
+        torch.testing.assert_close(store.cache.layers[1].key_buffer[row, :, :2], stage.layers[1].key_buffer[row, :, :2])
+    store.release(np.array([4, 9]))
+    assert store.add(stage, 3, 2, 1) == 4
+    assert store.add(stage, 3, 2, 2) == 9
+    store.release(np.array([9]))
+    assert store.users[9] == 1
 
 
 @pytest.mark.parametrize("works", [True, False])
 def test_steps_of_fixed_shapes_give_the_same_samples(model, forwards, monkeypatch, works, caplog):
     """Without a GPU: a step is kept instead of being recorded, or recording it fails."""
-    settings = {"k": 3, "max_new_tokens": 30, "max_rows": 20}
+    settings = {"k": 3, "max_new_tokens": 30, "max_rows": 20, "share_prompts": False}
     plain = run(model, ragged_prompts(30), **settings)
     forwards.clear()
 
@@ -241,7 +318,7 @@ def test_steps_of_fixed_shapes_give_the_same_samples(model, forwards, monkeypatc
 
     monkeypatch.setattr(step_graphs, "record", record)
     monkeypatch.setattr(step_graphs, "COLUMNS", 16)
-    monkeypatch.setattr(decoding, "RECORDED", ("cpu",))
+    monkeypatch.setattr(rows_module, "RECORDED", ("cpu",))
     fixed = run(model, ragged_prompts(30), **settings)
     assert fixed.response_ids == plain.response_ids
     for one, other in zip(fixed.logprobs, plain.logprobs, strict=True):

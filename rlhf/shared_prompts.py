@@ -1,0 +1,174 @@
+"""Decoding K samples of one prompt with the prompt's keys and values stored and read once.
+
+The rows' own cache holds their responses only. Attention is done in two parts, over the prompt (the samples of a prompt
+as the queries of one batch entry) and over the response so far, and joined by their log-sum-exps: with Z the sum of the
+exponentials of a part and o its output, softmax over both gives (Z_p o_p + Z_r o_r) / (Z_p + Z_r), which is
+o_r + sigmoid(log Z_p - log Z_r) (o_p - o_r). On small models, where reading the cache is more than half of a step, this
+is most of the gain of sampling K responses at once; it also takes less memory.
+
+Letters: R rows, P prompts, K rows of a prompt at most, L prompt columns, H query heads, J key heads, G query heads of a
+key head, D head width.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from reward.attention import TREE_ATTENTION
+from rlhf.hardware import FLOAT_ATTENTION
+from rlhf.kv_cache import RowCache, visible
+
+SHARED_ATTENTION = "sdpa_shared_prompts"
+CHUNKS = 4  # on a CPU, rows are in the order of their age: each quarter of them attends to as many columns as it needs
+
+
+class PromptStore:
+    """Prompts of the running rows, one row of a cache each; a slot is free again once its last response has ended."""
+
+    def __init__(self, model: Any, prompts: int, longest: int) -> None:
+        self.model = model
+        self.cache = RowCache(model.config, prompts, longest)
+        self.length: np.ndarray = np.zeros(prompts, np.int64)
+        self.users: np.ndarray = np.zeros(prompts, np.int64)  # responses that still need it, running or waiting
+        self.groups: Groups | None = None
+
+    def add(self, stage: RowCache, row: int, length: int, users: int) -> int:
+        """Keep the first `length` columns of that row of `stage` for so many responses; returns the slot."""
+        free = np.flatnonzero(self.users == 0)
+        if not len(free):  # many prompts with one slow response each
+            old = len(self.users)
+            more = old // 2 + 1
+            self.cache.resize(torch.arange(old, device=self.model.device), old + more, self.cache.columns)
+            self.length, self.users = (np.concatenate([x, np.zeros(more, np.int64)]) for x in (self.length, self.users))
+            free = np.array([old])
+        slot = int(free[0])
+        index = torch.tensor([row, slot], device=self.model.device)
+        self.cache.copy_rows(stage, index[:1], index[1:], length)
+        self.length[slot], self.users[slot] = length, users
+        return slot
+
+    def release(self, slot_R: np.ndarray) -> None:
+        """So many responses to these prompts have ended."""
+        np.subtract.at(self.users, slot_R, 1)
+
+    def shared_by(self, slot_R: np.ndarray, width_R: np.ndarray) -> "SharedPrompts":
+        """For one step of rows whose prompts are in these slots and whose responses take so many columns."""
+        if self.groups is None or not np.array_equal(self.groups.slot_R, slot_R):
+            self.groups = Groups(slot_R, self.length, self.model)
+        parts = CHUNKS if self.model.device.type == "cpu" else 1
+        bounds = [len(slot_R) * i // parts for i in range(parts + 1)]
+        chunks = [(slice(a, b), int(width_R[a:b].max())) for a, b in zip(bounds, bounds[1:]) if a < b]
+        return SharedPrompts(self.cache, self.groups, chunks)
+
+
+class Groups:
+    """Rows by prompt: rows_PK [P, K] of the prompts that have rows (places without a row repeat row 0, whose result
+    there nobody reads) and, of each row, its place where_R in the flattened [P, K]."""
+
+    def __init__(self, slot_R: np.ndarray, length: np.ndarray, model: Any) -> None:
+        self.slot_R = slot_R.copy()
+        slots, group_R, counts = np.unique(slot_R, return_inverse=True, return_counts=True)
+        order = np.argsort(group_R, kind="stable")
+        place = np.arange(len(slot_R)) - np.repeat(np.cumsum(counts) - counts, counts)
+        rows_PK: np.ndarray = np.zeros((len(slots), int(counts.max())), np.int64)
+        rows_PK[group_R[order], place] = order
+        where_R: np.ndarray = np.empty(len(slot_R), np.int64)
+        where_R[order] = group_R[order] * rows_PK.shape[1] + place
+        device = model.device
+        self.rows_PK, self.where_R = torch.from_numpy(rows_PK).to(device), torch.from_numpy(where_R).to(device)
+        # Slots without a hole are read where they are, others are gathered.
+        first, last = int(slots[0]), int(slots[-1])
+        self.slots = slice(first, last + 1) if last - first + 1 == len(slots) else torch.from_numpy(slots).to(device)
+        self.width = int(length[slots].max())
+        self.mask = visible(torch.from_numpy(length[slots] - 1)[:, None].to(device), self.width, model.dtype)
+
+
+@dataclass
+class SharedPrompts:
+    """What one step's attention needs to know. `calls` counts the layers that asked."""
+
+    cache: RowCache
+    groups: Groups
+    chunks: list[tuple[slice, int]]  # rows and the columns of their responses
+    calls: int = 0
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Output [B, J, Q, D] of query [B, J, Q, D] over key, value [B, J, L, D] with additive mask [B, 1, 1, L], and the
+    log-sum-exp [B, J, Q] of its scores, float32.
+
+    Written out: the fused kernels keep the log-sum-exp to themselves, and with a few queries an entry they are no
+    faster. Batched products take the sliced keys where they are; matmul on four dimensions would copy them.
+    """
+    shape = (*query.shape[:3], key.shape[2])
+    scores = torch.bmm(query.flatten(0, 1), key.flatten(0, 1).transpose(1, 2)).view(shape)
+    logits = scores.float() * scale + mask
+    shares = logits.log_softmax(dim=3)
+    lse = (logits[..., :1] - shares[..., :1]).squeeze(3)  # from the first column, which every query sees
+    output = torch.bmm(shares.exp_().to(value.dtype).flatten(0, 1), value.flatten(0, 1))
+    return output.view(query.shape), lse
+
+
+def shared_attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    shared_prompts: SharedPrompts | None = None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """transformers' sdpa attention; with `shared_prompts`, one query a row [R, H, 1, D] also sees its prompt."""
+    if shared_prompts is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+    assert attention_mask is not None
+    shared_prompts.calls += 1
+    groups, layer = shared_prompts.groups, shared_prompts.cache.layers[module.layer_idx]
+    keys, values = (buffer[groups.slots, :, : groups.width] for buffer in (layer.key_buffer, layer.value_buffer))
+    (rows, heads, _, head), (prompts, key_heads) = query.shape, keys.shape[:2]
+    scale = options.get("scaling") or head**-0.5
+    grouped_RJGD = query.view(rows, key_heads, heads // key_heads, head)
+    by_prompt = grouped_RJGD[groups.rows_PK].transpose(1, 2)  # [P, J, K, G, D]
+    output, lse = _attend(by_prompt.reshape(prompts, key_heads, -1, head), keys, values, groups.mask, scale)
+    of_rows = (groups.rows_PK.numel(), key_heads, heads // key_heads)
+    prompt_RJGD = output.view(by_prompt.shape).transpose(1, 2).reshape(*of_rows, head)[groups.where_R]
+    prompt_RJG = lse.view(by_prompt.shape[:-1]).transpose(1, 2).reshape(of_rows)[groups.where_R]
+    own = [
+        _attend(
+            grouped_RJGD[part], key[part, :, :width], value[part, :, :width], attention_mask[part, ..., :width], scale
+        )
+        for part, width in shared_prompts.chunks
+    ]
+    own_RJGD, own_RJG = (torch.cat(pieces) for pieces in zip(*own, strict=True))
+    share = torch.sigmoid(prompt_RJG - own_RJG)[..., None].to(own_RJGD.dtype)
+    return torch.lerp(own_RJGD, prompt_RJGD, share).view(rows, 1, heads, head), None
+
+
+def can_share(model: Any) -> bool:
+    """True for models whose attention goes through transformers' interface with sdpa (or our kinds of it)."""
+    return getattr(model, "_supports_attention_backend", False) and model.config._attn_implementation in (
+        "sdpa",
+        TREE_ATTENTION,
+        FLOAT_ATTENTION,
+    )
+
+
+@contextmanager
+def sharing_prompts(model: Any) -> Iterator[None]:
+    """The model attends by `shared_attention` inside."""
+    AttentionInterface.register(SHARED_ATTENTION, shared_attention)
+    AttentionMaskInterface.register(SHARED_ATTENTION, sdpa_mask)  # without a mask function, masks would be dropped
+    before = model.config._attn_implementation
+    model.set_attn_implementation(SHARED_ATTENTION)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
