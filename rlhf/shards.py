@@ -45,7 +45,7 @@ def shard_folder(output_dir: str | Path, content: Mapping[str, Any], count: int,
     Creates it and writes settings.json: `content` with its long lists shortened, and both numbers.
     """
     folder = Path(output_dir) / "shards" / _digest(content)[:16]
-    settings = {"items": count, "items_per_shard": size, **{name: _short(value) for name, value in content.items()}}
+    settings = {name: _short(value) for name, value in content.items()} | {"items": count, "items_per_shard": size}
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "settings.json").exists():
