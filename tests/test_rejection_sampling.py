@@ -212,7 +212,7 @@ def test_separate_commands_share_one_folder_and_one_may_be_killed(arguments, tmp
     commands[0].communicate()
     commands.append(start_command(wanted, folder))
     for command in commands[1:]:
-        _, errors = command.communicate(timeout=120)
+        _, errors = command.communicate(timeout=300)
         assert command.returncode == 0, errors[-2000:]
     assert [row["index"] for row in stored(folder)] == list(range(10))
     for name in ("best.jsonl", "median.jsonl", "random.jsonl", "metrics.jsonl", "samples.jsonl"):

@@ -216,7 +216,7 @@ def start_worker(folder: Path, log: Path, count: int, size: int) -> subprocess.P
 
 def finish(workers: list[subprocess.Popen]) -> None:
     for worker in workers:
-        _, errors = worker.communicate(timeout=60)
+        _, errors = worker.communicate(timeout=300)
         assert worker.returncode == 0, errors
 
 
@@ -300,7 +300,7 @@ except UserError as error:
 
 def test_a_file_that_really_cannot_be_written(tmp_path):
     done = subprocess.run([sys.executable, "-c", LIMITED, str(tmp_path)], env={**os.environ, "PYTHONPATH": str(ROOT)},
-                          capture_output=True, text=True, check=True, timeout=60)  # fmt: skip
+                          capture_output=True, text=True, check=True, timeout=300)  # fmt: skip
     assert f"{tmp_path} cannot be written: File too large" in done.stdout
     assert "4 of 8 items are kept" in done.stdout
     assert list(files(tmp_path)) == ["00000.jsonl.gz"]
