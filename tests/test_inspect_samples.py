@@ -48,6 +48,7 @@ def test_a_store_by_hand(folder, capsys):
     assert (store["items"], store["items_done"], store["failed"]) == (9, 3, {"[HTTP 503]": 1})
     assert (store["samples"], store["finish_reasons"], store["tokens"]) == (6, {"stop": 3, "length": 3}, 12)
     assert store["mean_scores"] == {"combined": 2.5}  # (1 + 2 + 3 + 6 + 1 + 2) / 6
+    assert set(store["settings"]) == {"temperature", "prompts"}
     assert store["settings"]["temperature"] == 1.2
     assert store["settings"]["prompts"]["items"] == 90
     after = contents(folder)
