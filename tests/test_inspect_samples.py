@@ -23,7 +23,7 @@ def folder(tmp_path) -> Path:
     content = {"temperature": 1.2, "prompts": [[f"secret {i}"] for i in range(90)]}
     folder = shard_folder(tmp_path, content, 9, 2)
     write_jsonl(shard_path(folder, 0), [sampled(0), sampled(1, combined=[3.0, 6.0])])
-    write_jsonl(shard_path(folder, 1), [{"index": 2, "prompt": [], "error": "[HTTP 503]"}, sampled(3)])
+    write_jsonl(shard_path(folder, 1), [{"index": 2, "prompt": [], "error": "[bold] HTTP 503"}, sampled(3)])
     write_jsonl(shard_path(folder, 2), [sampled(4), sampled(5)])
     shard_path(folder, 2).write_bytes(shard_path(folder, 2).read_bytes()[:-9])
     return folder
@@ -45,7 +45,7 @@ def test_a_store_by_hand(folder, capsys):
     assert store["store"] == folder.name
     assert store["shards"] == {"done": 2, "claimed": 1, "missing": 1, "damaged": 1}
     assert store["damaged_shards"] == [str(shard_path(folder, 2))]
-    assert (store["items"], store["items_done"], store["failed"]) == (9, 3, {"[HTTP 503]": 1})
+    assert (store["items"], store["items_done"], store["failed"]) == (9, 3, {"[bold] HTTP 503": 1})
     assert (store["samples"], store["finish_reasons"], store["tokens"]) == (6, {"stop": 3, "length": 3}, 12)
     assert store["mean_scores"] == {"combined": 2.5}  # (1 + 2 + 3 + 6 + 1 + 2) / 6
     assert set(store["settings"]) == {"temperature", "prompts"}
@@ -61,8 +61,8 @@ def test_the_table_says_the_same_and_shows_no_prompt(folder, capsys, monkeypatch
     monkeypatch.setenv("COLUMNS", "200")
     main(["--output_dir", str(folder.parents[1])])
     shown = capsys.readouterr().out
-    for part in ("2 done, 2 missing, 1 damaged", "3 of 9", "1 x [HTTP 503]", "6 (3 stop, 3 length)", "12, 2.0 a sample",
-                 "mean combined", "2.5000", shard_path(folder, 2).name, "temperature"):  # fmt: skip
+    for part in ("2 done, 2 missing, 1 damaged", "3 of 9", "1 x [bold] HTTP 503", "6 (3 stop, 3 length)",
+                 "12, 2.0 a sample", "mean combined", "2.5000", shard_path(folder, 2).name, "temperature"):  # fmt: skip
         assert part in shown
     assert "secret" not in shown
 

@@ -19,6 +19,7 @@ from configs.errors import UserError
 from configs.records import read_dialogues
 from configs.rejection_settings import RejectionSettings
 from rlhf import rejection_sampling, shards
+from rlhf.draw import sample_seeds
 from rlhf.models import load_tokenizer
 from rlhf.rejection_sampling import select, summarise
 from rlhf.simulation.people import draw_prompts
@@ -182,6 +183,7 @@ def test_samples_depend_on_neither_shards_nor_batches(arguments, finished, tmp_p
     run(arguments, tmp_path, prompts_per_shard="3", token_budget="200")
     ours, theirs = ([row["response_ids"] for row in stored(folder)] for folder in (tmp_path, finished[0]))
     assert ours == theirs
+    assert [seed for row in stored(tmp_path) for seed in row["seeds"]] == sample_seeds(0, 10 * K)
     assert len({str(ids) for row in ours for ids in row}) > 35, "each sample must have its own seed"
 
 
