@@ -2,13 +2,13 @@
 
 import gzip
 import json
-import os
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from configs.errors import UserError
+from configs.whole_files import replace_file, writing
 
 JSON_SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz")
 
@@ -62,16 +62,15 @@ def source_name(path_or_hub_name: str | Path) -> str:
 
 
 def write_jsonl(path: str | Path, rows: Iterable[dict[str, Any]]) -> None:
-    """Write rows as JSON Lines (gzipped where the name ends in .gz), atomically: a reader never sees a part of them."""
+    """Write rows as JSON Lines (gzipped where the name ends in .gz), as `replace_file` does: all or none of them."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    with writing(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     # Lone surrogates (possible in a rejected row) have no UTF-8 form; they are written as "?" rather than not at all.
     data = text.encode("utf-8", errors="replace")
     # mtime=0: the same rows give the same bytes, so fingerprints of data files can be compared.
-    temporary.write_bytes(gzip.compress(data, mtime=0) if path.name.endswith(".gz") else data)
-    os.replace(temporary, path)
+    replace_file(path, gzip.compress(data, mtime=0) if path.name.endswith(".gz") else data)
 
 
 def _json_rows(path: Path) -> Iterator[tuple[int, dict[str, Any] | BadRow]]:

@@ -22,10 +22,7 @@ from pathlib import Path
 if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # launched by path, Python puts rlhf/ first
 
-import hashlib
-import json
 import random
-import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -43,7 +40,8 @@ from gatt.synth import Dialogue, Judge, Plan, counts, obedience_by_turn, synthes
 from gatt.transform import shorten
 from rlhf import cli
 from rlhf.gatt_plans import GATT, INSTRUCTED, PLAIN, REPLAY, make_plans, usable_prompts
-from rlhf.run import RunFolder
+from rlhf.run import RunFolder, write_atomic
+from rlhf.shards import read_shards, run_shards, shard_folder
 
 
 def make_record(
@@ -164,11 +162,6 @@ class Builder:
         )
 
 
-def read_shard(path: Path) -> list[dict[str, Any]]:
-    """The rows of a finished shard; it was written in one piece, so every line is whole."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
-
-
 def summarise(rows: Sequence[dict[str, Any]], replayed: int) -> dict[str, Any]:
     """Counts over all shards: rows by source, what was cut and why, obedience by turn before any selection."""
     total: Counter[str] = Counter()
@@ -265,29 +258,26 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
     prompts, prompt_counts = usable_prompts([row for rows in read for row in rows])
     plans = make_plans(gatt, prompts, run_settings.seed)
 
-    # Shards of other settings or data must not be continued: the folder's name says what they were made from.
-    inputs = {k: v for k, v in settings.items() if k not in ("output_dir", "report_to", "logging_steps", "resume")}
-    files = [data_fingerprint(path) for path in gatt.prompt_files]
-    digest = hashlib.sha256(json.dumps([inputs, files], sort_keys=True).encode()).hexdigest()[:12]
-    shards = output_dir / f"shards-{digest}"
-    if state.is_main_process:
-        if not run_settings.resume and shards.exists():
-            shutil.rmtree(shards)
-        shards.mkdir(parents=True, exist_ok=True)
+    content = {k: v for k, v in settings.items() if k not in ("output_dir", "report_to", "logging_steps", "resume")}
+    content["data"] = [data_fingerprint(path) for path in gatt.prompt_files]
+    size, total = gatt.chunk_size, len(plans)
+    shards = shard_folder(output_dir, content, total, size)
+    if not run_settings.resume and state.is_main_process:
+        for path in shards.glob("*.gz"):
+            path.unlink()
     state.wait_for_everyone()
-    chunks = [plans[i : i + gatt.chunk_size] for i in range(0, len(plans), gatt.chunk_size)]
-    paths = [shards / f"{number:05d}.jsonl" for number in range(len(chunks))]
     builder = Builder(
         gatt, model_settings, sampling, tokenizer, chat_format, prompts, run_settings.seed, str(state.device)
     )
-    mine = range(state.process_index, len(chunks), state.num_processes)
-    resumed = sum(path.exists() for path in paths)
-    for number in tqdm(mine, desc="Ghost Attention chunks", disable=not state.is_main_process):
-        if not paths[number].exists():
-            write_jsonl(paths[number], builder.chunk(number, chunks[number]))
+    resumed = sum(1 for _ in shards.glob("*.gz"))
+    with tqdm(total=total, desc="Ghost Attention", unit="dialogue", disable=not state.is_main_process) as bar:
+        for built in run_shards(
+            shards, total, size, lambda items: builder.chunk(items[0] // size, [plans[i] for i in items])
+        ):
+            bar.update(built - bar.n)
     state.wait_for_everyone()
 
-    rows = [row for path in paths for row in read_shard(path)]
+    rows = read_shards(shards, total, size)
     records = [row["record"] for row in rows if row["record"]]
     if not any(record["source"] == GATT for record in records):
         raise UserError(
@@ -299,14 +289,16 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
     records += replay
     rng.shuffle(records)
     summary = summarise(rows, len(replay)) | prompt_counts
-    summary |= {"train_file": str(output_dir / "gatt.jsonl"), "chunks": len(chunks), "chunks_resumed": resumed}
-    if state.is_main_process:
-        write_jsonl(output_dir / "gatt.jsonl", records)
-        (output_dir / "README.md").write_text(dataset_card(summary, settings), encoding="utf-8")
-        run.log(len(rows), {f"obeyed/turn_{turn}": share for turn, share in summary["first_draft_obedience"].items()})
-        run.samples(len(rows), [record for record in records if record["source"] == GATT][:3])
-    summary["seconds"] = round(time.monotonic() - started, 1)
-    summary = run.finish(summary)
+    summary |= {"train_file": str(output_dir / "gatt.jsonl"), "chunks": -(-total // size), "chunks_resumed": resumed}
+    with run.finishing():
+        if state.is_main_process:
+            write_jsonl(output_dir / "gatt.jsonl", records)
+            write_atomic(output_dir / "README.md", dataset_card(summary, settings))
+            by_turn = summary["first_draft_obedience"].items()
+            run.log(len(rows), {f"obeyed/turn_{turn}": share for turn, share in by_turn})
+            run.samples(len(rows), [record for record in records if record["source"] == GATT][:3])
+        summary["seconds"] = round(time.monotonic() - started, 1)
+        summary = run.finish(summary)
     state.wait_for_everyone()
     return summary
 

@@ -21,6 +21,7 @@ if __package__ in (None, ""):
 
 import random
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -41,7 +42,7 @@ from rlhf.models import load_policy, load_tokenizer
 from rlhf.rejection_sampling import read_prompt_files, usable
 from rlhf.run import RunFolder, numbers
 from rlhf.sampler import prompt_room, sample
-from rlhf.shards import read_shards, run_shards, shard_folder, weights_stamp
+from rlhf.shards import read_shards, run_shards, shard_folder, weights_stamp, without_failed
 
 Row = dict[str, Any]
 
@@ -70,10 +71,14 @@ class Worker:
         new, longest = self.settings.max_new_tokens, self.settings.max_prompt_tokens
         return min(prompt_room(policy, new, longest) for policy, _, _ in self.variants)
 
-    def rows(self, prompts: list[Row], first: int) -> list[Row]:
-        """One row a comparison of prompts first, first + 1, ...; where no usable pair was drawn, it has `skipped`."""
+    def rows(self, prompts: list[Row], indices: Sequence[int]) -> list[Row]:
+        """One row a comparison of the prompts with these indices; where no usable pair was drawn, it has `skipped`."""
         per_prompt = self.settings.pairs_per_prompt
-        waiting = {first * per_prompt + i: prompts[i // per_prompt] for i in range(len(prompts) * per_prompt)}
+        waiting = {
+            index * per_prompt + i: prompt
+            for index, prompt in zip(indices, prompts, strict=True)
+            for i in range(per_prompt)
+        }
         rows: dict[int, Row] = {}
         skipped: dict[int, str] = {}
         for attempt in range(self.settings.max_resamples + 1):
@@ -89,7 +94,10 @@ class Worker:
                     skipped[index] = "identical"
                 else:
                     rows[index] = self._row(index, waiting[index], pair, attempt)
-        return [rows.get(index, {"id": str(index), "skipped": skipped.get(index)}) for index in waiting]
+        return [
+            {"index": index // per_prompt, **rows.get(index, {"id": str(index), "skipped": skipped.get(index)})}
+            for index in waiting
+        ]
 
     def _pairs(self, prompts: list[Row], indices: list[int], attempt: int) -> list[list[tuple[str, bool, bool]]]:
         """By prompt, (text, usable, finished) of a response of each variant, seeded by pair, side and attempt."""
@@ -220,23 +228,17 @@ def collect(settings: CollectSettings, run: RunSettings, folder: RunFolder) -> t
     )
     prompts = prompts[: settings.max_prompts or None]
     # What happens to the pairs later (annotator, split) does not change them: relabelling draws nothing again.
-    later = ("annotator", "annotator_noise", "import_labels", "max_reject_share", "test_fraction")
+    later = ("annotator", "annotator_noise", "import_labels", "max_reject_share", "max_failed_share", "test_fraction")
     content: Row = {name: value for name, value in asdict(settings).items() if name not in later}
     content |= {"seed": run.seed, "weights": [weights_stamp(path) for path in worker.paths]}
-    shards = shard_folder(run.output_dir, content | {"prompts": [[p["prompt"], p["is_safety"]] for p in prompts]})
+    content["prompts"] = [[p["prompt"], p["is_safety"]] for p in prompts]
     size, total = settings.prompts_per_shard, len(prompts)
+    shards = shard_folder(run.output_dir, content, total, size)
     with tqdm(total=total, desc="collecting", unit="prompt", disable=not state.is_main_process) as bar:
-        for done in run_shards(
-            shards,
-            total,
-            size,
-            lambda items: worker.rows(prompts[items.start : items.stop], items.start),
-            state.process_index,
-            state.num_processes,
-        ):
+        for done in run_shards(shards, total, size, lambda items: worker.rows([prompts[i] for i in items], items)):
             bar.update(done - bar.n)
     state.wait_for_everyone()
-    rows = read_shards(shards, total, size)
+    rows = without_failed(read_shards(shards, total, size), settings.max_failed_share, total)
     pairs = [row for row in rows if "skipped" not in row]
     counts = {
         "prompts": total,
@@ -249,6 +251,25 @@ def collect(settings: CollectSettings, run: RunSettings, folder: RunFolder) -> t
     if not pairs:
         raise UserError(f"no prompt gave two different responses ({counts}); raise temperature_b or use another model")
     return pairs, counts
+
+
+def write_pairs(folder: RunFolder, pairs: list[Row], settings: CollectSettings, seed: int) -> Row:
+    """The pairs for people to label, or labelled by the simulated annotator; returns figures about the labels."""
+    if settings.annotator == "none":
+        shown = ("id", "prompt", "is_safety", "source", "response_a", "response_b")
+        write_jsonl(folder.path / "unlabelled.jsonl", [{k: row[k] for k in shown} | LABELS for row in pairs])
+        paths = [settings.model_name_or_path, settings.second_model_name_or_path or settings.model_name_or_path]
+        sides = [
+            {"model": path, "temperature": temperature}
+            for path, temperature in zip(paths, (settings.temperature_a, settings.temperature_b), strict=True)
+        ]
+        origins = [{"id": row["id"], "a": sides[row["variants"][0]], "b": sides[row["variants"][1]]} for row in pairs]
+        write_jsonl(folder.path / "origins.jsonl", origins)
+        return {}
+    records, figures = annotate_pairs(pairs, settings.annotator_noise, seed)
+    figures |= write_records(folder.path, records, settings.test_fraction, seed)
+    folder.samples(0, [row for mine in records.values() for row in mine[:4]])
+    return figures
 
 
 def main(args: list[str] | None = None) -> dict[str, Any]:
@@ -264,21 +285,8 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
     pairs, summary = collect(settings, run, folder)
     if not folder.is_main:
         return summary
-    if settings.annotator == "none":
-        shown = ("id", "prompt", "is_safety", "source", "response_a", "response_b")
-        write_jsonl(folder.path / "unlabelled.jsonl", [{k: row[k] for k in shown} | LABELS for row in pairs])
-        paths = [settings.model_name_or_path, settings.second_model_name_or_path or settings.model_name_or_path]
-        sides = [
-            {"model": path, "temperature": temperature}
-            for path, temperature in zip(paths, (settings.temperature_a, settings.temperature_b), strict=True)
-        ]
-        origins = [{"id": row["id"], "a": sides[row["variants"][0]], "b": sides[row["variants"][1]]} for row in pairs]
-        write_jsonl(folder.path / "origins.jsonl", origins)
-    else:
-        records, figures = annotate_pairs(pairs, settings.annotator_noise, run.seed)
-        summary |= figures | write_records(folder.path, records, settings.test_fraction, run.seed)
-        folder.samples(0, [row for mine in records.values() for row in mine[:4]])
-    return _finish(folder, summary)
+    with folder.finishing():
+        return _finish(folder, summary | write_pairs(folder, pairs, settings, run.seed))
 
 
 def _finish(folder: RunFolder, summary: Row) -> Row:

@@ -134,7 +134,7 @@ def score(
 ) -> list[tuple[float, float]]:
     """(r_chosen, r_rejected) of all pairs by one model. Shards that are on disk are not scored again."""
 
-    def work(items: range) -> list[Row]:
+    def work(items: Sequence[int]) -> list[Row]:
         if model.model is None:
             model.load(DTYPES[settings.dtype], settings.attn_implementation, state.device)
         dialogues = [dialogue for i in items for dialogue in pairs[i]]
@@ -156,11 +156,10 @@ def score(
         "device": state.device.type,
         "pairs_per_shard": settings.pairs_per_shard,
     }
-    folder, size, total = shard_folder(settings.output_dir, content), settings.pairs_per_shard, len(pairs)
-
-    shards = run_shards(folder, total, size, work, state.process_index, state.num_processes)
+    size, total = settings.pairs_per_shard, len(pairs)
+    folder = shard_folder(settings.output_dir, content, total, size)
     with tqdm(total=total, desc=f"scores of {name}", unit="pair", disable=not state.is_main_process) as bar:
-        for done in shards:
+        for done in run_shards(folder, total, size, work):
             bar.update(done - bar.n)
     model.unload()
     state.wait_for_everyone()
@@ -213,12 +212,13 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
         about["files"] = [file for file, test_set in settings.test_sets() if test_set == key]
         about["too_long"] = sum(row["test_set"] == key for row in refused)
         about["shortened"] = sum(row["shortened"] for row in kept if row["test_set"] == key)
-    if state.is_main_process:
-        write_jsonl(run.path / "scores.jsonl", rows)
-        run.samples(0, reward_report.samples(rows, kept, settings.num_samples))
-        run.log(0, numbers(summary))
-        reward_report.write(run.path, summary, rows, settings.safety_threshold, Console())
-    result = run.finish(summary)
+    with run.finishing():
+        if state.is_main_process:
+            write_jsonl(run.path / "scores.jsonl", rows)
+            run.samples(0, reward_report.samples(rows, kept, settings.num_samples))
+            run.log(0, numbers(summary))
+            reward_report.write(run.path, summary, rows, settings.safety_threshold, Console())
+        result = run.finish(summary)
     state.wait_for_everyone()
     return result
 

@@ -22,6 +22,7 @@ if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # launched by path, Python puts rlhf/ first
 
 import random
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -44,7 +45,7 @@ from rlhf.models import load_policy, load_tokenizer
 from rlhf.run import RunFolder
 from rlhf.sampler import prompt_room, sample
 from rlhf.selection import Picks, best_of_n_curve, best_of_n_kl, pick
-from rlhf.shards import read_shards, run_shards, shard_folder, weights_stamp
+from rlhf.shards import read_shards, run_shards, shard_folder, weights_stamp, without_failed
 
 Row = dict[str, Any]
 RUN_ONLY = ("output_dir", "report_to", "logging_steps", "resume", "use_cpu")
@@ -104,8 +105,8 @@ class Worker:
             check_same_tokenizer(tokenizer, path, f"{name}_model_path")
         self.reward_models = {name: load_reward_model(path, dtype=dtype).to(device) for name, path in paths.items()}
 
-    def rows(self, prompts: list[Row], first: int) -> list[Row]:
-        """Rows of prompts first, first + 1, ...: sampled, scored, not yet selected. Seeds follow the prompt's index."""
+    def rows(self, prompts: list[Row], indices: Sequence[int]) -> list[Row]:
+        """Rows of the prompts with these indices: sampled, scored, not yet selected. Seeds follow the index."""
         k = self.settings.samples_per_prompt
         prompts_ids = [self.chat.encode_prompt(row["prompt"]) for row in prompts]
         batch = sample(
@@ -115,7 +116,7 @@ class Worker:
             self.settings,
             stop_ids=self.chat.stop_ids,
             pad_id=self.tokenizer.pad_token_id,
-            seed=sample_seeds(self.seed, len(prompts) * k, first=first * k),
+            seed=[seed for index in indices for seed in sample_seeds(self.seed, k, first=index * k)],
             token_budget=self.settings.token_budget,
         )
         full = [[*prompts_ids[i // k], *ids] for i, ids in enumerate(batch.response_ids)]
@@ -126,13 +127,13 @@ class Worker:
         is_safety = torch.tensor([bool(row["is_safety"]) for row in prompts]).repeat_interleave(k)
         raw["combined"] = combined_reward(raw["safety"], raw["helpfulness"], is_safety, self.settings.safety_threshold)
         rows = []
-        for p, prompt in enumerate(prompts):
+        for p, (index, prompt) in enumerate(zip(indices, prompts, strict=True)):
             mine = slice(p * k, (p + 1) * k)
             texts = [self.chat.decode_response(ids) for ids in batch.response_ids[mine]]
             finished = [reason == "stop" for reason in batch.finish_reasons[mine]]
             rows.append(
                 {
-                    "index": first + p,
+                    "index": index,
                     "prompt": prompt["prompt"],
                     "is_safety": bool(prompt["is_safety"]),
                     "responses": texts,
@@ -258,32 +259,28 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
     prompts = read_prompt_files(settings.prompt_files, worker.chat, room, folder.path, settings.max_reject_share)
     prompts = prompts[: settings.max_prompts or None]
     # What the selection does later does not change the responses: another min_score samples nothing again.
-    later = ("min_score", "keep_unfinished", "max_prompts", "max_reject_share", *RUN_ONLY)
+    later = ("min_score", "keep_unfinished", "max_prompts", "max_reject_share", "max_failed_share", *RUN_ONLY)
     content: Row = {name: value for name, value in resolved.items() if name not in later}
     for name in ("model_name_or_path", "helpfulness_model_path", "safety_model_path"):
         content[f"{name} weights"] = weights_stamp(content[name])
-    shards = shard_folder(run.output_dir, content | {"prompts": [[p["prompt"], p["is_safety"]] for p in prompts]})
+    content["prompts"] = [[p["prompt"], p["is_safety"]] for p in prompts]
     size, total = settings.prompts_per_shard, len(prompts)
+    shards = shard_folder(run.output_dir, content, total, size)
     with tqdm(total=total, desc="rejection sampling", unit="prompt", disable=not state.is_main_process) as bar:
-        for done in run_shards(
-            shards,
-            total,
-            size,
-            lambda items: worker.rows(prompts[items.start : items.stop], items.start),
-            state.process_index,
-            state.num_processes,
-        ):
-            bar.update(min(done - bar.n, total - bar.n))
+        for done in run_shards(shards, total, size, lambda items: worker.rows([prompts[i] for i in items], items)):
+            bar.update(done - bar.n)
     state.wait_for_everyone()
-    rows = read_shards(shards, total, size)
+    rows = without_failed(read_shards(shards, total, size), settings.max_failed_share, total)
     picks, counts = select(rows, settings, run.seed)
-    summary = {**counts, "samples_per_prompt": settings.samples_per_prompt, **summarise(rows, picks, settings)}
-    if state.is_main_process:
-        write_outputs(folder.path, rows, picks)
-        for n, score in zip(summary["best_of_n"]["n"], summary["best_of_n"]["combined"], strict=True):
-            folder.log(n, {"best_of_n/combined": score})
-        folder.samples(0, [_shown(row, picks, p) for p, row in enumerate(rows[:8])])
-    return folder.finish(summary)
+    counts |= {"failed": total - len(rows), "samples_per_prompt": settings.samples_per_prompt}
+    summary = {**counts, **summarise(rows, picks, settings)}
+    with folder.finishing():
+        if state.is_main_process:
+            write_outputs(folder.path, rows, picks)
+            for n, score in zip(summary["best_of_n"]["n"], summary["best_of_n"]["combined"], strict=True):
+                folder.log(n, {"best_of_n/combined": score})
+            folder.samples(0, [_shown(row, picks, p) for p, row in enumerate(rows[:8])])
+        return folder.finish(summary)
 
 
 def _shown(row: Row, picks: dict[str, list[int | None]], p: int) -> Row:

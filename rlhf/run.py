@@ -14,7 +14,8 @@ import os
 import platform
 import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ from typing import Any
 import yaml
 
 from configs.errors import UserError
+from configs.whole_files import replace_file, writing
+from rlhf.claims import claim
 
 TRACKERS = ("tensorboard", "wandb", "trackio")
 # Where or how often a run writes does not change its results, so a changed value does not make it another run.
@@ -55,12 +58,28 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"output_dir {self.path} cannot be created: {error.strerror}") from error
-        (self.path / "summary.json").unlink(missing_ok=True)  # from here on the folder belongs to a new, unfinished run
+        self._begin(resume_step)  # from here on the folder belongs to a new, unfinished run
+        write_atomic(self.path / "environment.json", json.dumps(environment(), indent=2) + "\n")
+        self._trackers = [_start_tracker(name, stage, self.path, self.settings) for name in names]
+
+    def _begin(self, resume_step: int) -> None:
+        (self.path / "summary.json").unlink(missing_ok=True)
         for name in ("metrics.jsonl", "samples.jsonl"):
             _drop_steps_after(self.path / name, resume_step)
         write_atomic(self.path / "settings.yaml", yaml.safe_dump(self.settings, sort_keys=False, allow_unicode=True))
-        write_atomic(self.path / "environment.json", json.dumps(environment(), indent=2) + "\n")
-        self._trackers = [_start_tracker(name, stage, self.path, self.settings) for name in names]
+
+    @contextmanager
+    def finishing(self) -> Iterator[None]:
+        """Around the writing of all results of a stage whose work several commands on this folder may share.
+
+        They write one after the other, each from the start: the folder never mixes files or lines of two of them.
+        """
+        if not self.is_main:
+            yield
+            return
+        with claim(self.path / "finish.lock", wait=True):
+            self._begin(resume_step=0)
+            yield
 
     @staticmethod
     def completed(output_dir: str | Path, settings: Mapping[str, Any] | None = None) -> dict[str, Any] | None:
@@ -117,13 +136,8 @@ def numbers(summary: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
 
 
 def write_atomic(path: Path, text: str) -> None:
-    """Write text so that a reader, or a run killed at any moment, sees the old file or the new one, never a part."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    """`replace_file` for text."""
+    replace_file(path, text.encode("utf-8"))
 
 
 def environment() -> dict[str, Any]:
@@ -168,7 +182,7 @@ def _drop_steps_after(path: Path, step: int) -> None:
 
 
 def _append(path: Path, rows: list[dict[str, Any]]) -> None:
-    with path.open("a", encoding="utf-8") as file:
+    with writing(path.parent), path.open("a", encoding="utf-8") as file:
         file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 

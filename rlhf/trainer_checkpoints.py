@@ -78,7 +78,7 @@ def _checkpoints(folder: Path) -> list[Path]:
 def _sums(checkpoint: Path) -> dict[str, str]:
     sums = {}
     for path in sorted(checkpoint.rglob("*")):
-        if path.is_file() and path.name not in (CHECKSUMS, CHECKSUMS + ".tmp"):
+        if path.is_file() and not path.name.startswith(CHECKSUMS):  # nor what a kill left of one
             with path.open("rb") as file:
                 sums[path.relative_to(checkpoint).as_posix()] = hashlib.file_digest(file, "sha256").hexdigest()
     return sums

@@ -19,6 +19,7 @@ from gatt.synth import Draft
 from rlhf import build_gatt, evaluate_gatt
 from rlhf.build_gatt import reward_judge
 from rlhf.gatt_plans import draw_instructions, draw_user_turns, make_plans, usable_prompts
+from rlhf.shards import read_shard
 
 QUESTIONS = [f"What is {a} plus {b}?" for a in range(8) for b in range(5)]
 
@@ -392,7 +393,6 @@ def test_a_dialogue_longer_than_the_context_is_cut_and_counted(model_dir, prompt
     """The real engine: the first turn already leaves no room, so every dialogue is lost, with its reason."""
     with pytest.raises(UserError, match="no dialogue obeyed"):
         build(tmp_path / "out", model_dir, prompt_file, "--max_length", "60", "--max_new_tokens", "50")
-    shard = next((tmp_path / "out").glob("shards-*")) / "00000.jsonl"
-    rows = [json.loads(line) for line in shard.read_text().splitlines()]
+    rows = read_shard(next((tmp_path / "out").glob("shards/*/00000.jsonl.gz")))
     assert {row["refused"] for row in rows} == {"too_long"}
     shutil.rmtree(Path(tmp_path / "out"))

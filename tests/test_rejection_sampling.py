@@ -2,6 +2,10 @@
 
 import json
 import math
+import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +19,7 @@ from configs.errors import UserError
 from configs.records import read_dialogues
 from configs.rejection_settings import RejectionSettings
 from rlhf import rejection_sampling, shards
+from rlhf.draw import sample_seeds
 from rlhf.models import load_tokenizer
 from rlhf.rejection_sampling import select, summarise
 from rlhf.simulation.people import draw_prompts
@@ -62,7 +67,7 @@ def finished(arguments, tmp_path_factory) -> tuple[Path, dict]:
 
 
 def stored(folder: Path) -> list[dict]:
-    return [row for path in sorted(folder.glob("shards/*/*.jsonl")) for row in rows_of(path)]
+    return [row for path in sorted(folder.glob("shards/*/*.jsonl.gz")) for row in shards.read_shard(path)]
 
 
 def test_best_is_the_first_maximum_of_scores_recomputed_from_the_stored_ids(arguments, finished):
@@ -151,11 +156,11 @@ def test_a_killed_run_continues_and_gives_the_same(arguments, finished, tmp_path
     calls = []
     rows = rejection_sampling.Worker.rows
 
-    def killed_at_the_third(self, prompts, first):
-        calls.append(first)
+    def killed_at_the_third(self, prompts, indices):
+        calls.append(indices[0])
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return rows(self, prompts, first)
+        return rows(self, prompts, indices)
 
     monkeypatch.setattr(rejection_sampling.Worker, "rows", killed_at_the_third)
     with pytest.raises(KeyboardInterrupt):
@@ -178,23 +183,69 @@ def test_samples_depend_on_neither_shards_nor_batches(arguments, finished, tmp_p
     run(arguments, tmp_path, prompts_per_shard="3", token_budget="200")
     ours, theirs = ([row["response_ids"] for row in stored(folder)] for folder in (tmp_path, finished[0]))
     assert ours == theirs
+    assert [seed for row in stored(tmp_path) for seed in row["seeds"]] == sample_seeds(0, 10 * K)
     assert len({str(ids) for row in ours for ids in row}) > 35, "each sample must have its own seed"
 
 
-def test_processes_share_the_shards_without_loss(tmp_path):
-    done = []
+def start_command(arguments: dict[str, str], folder: Path) -> subprocess.Popen:
+    root = Path(__file__).resolve().parents[1]
+    words = [word for name, value in (arguments | {"output_dir": str(folder)}).items() for word in (f"--{name}", value)]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.Popen(
+        [sys.executable, "rlhf/rejection_sampling.py", *words, "--use_cpu", "true"],
+        cwd=root,
+        env=environment,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
-    def work(items):
-        done.extend(items)
-        return [{"index": i} for i in items]
 
-    for process in range(3):
-        list(shards.run_shards(tmp_path, 10, 2, work, process, 3))
-    assert sorted(done) == list(range(10))
-    assert [row["index"] for row in shards.read_shards(tmp_path, 10, 2)] == list(range(10))
-    (tmp_path / "00003.jsonl").unlink()
-    with pytest.raises(FileNotFoundError):
-        shards.read_shards(tmp_path, 10, 2)
+@pytest.mark.slow
+def test_separate_commands_share_one_folder_and_one_may_be_killed(arguments, tmp_path):
+    """Three commands on one output_dir; the first is killed after one prompt. The folder is as one run leaves it."""
+    wanted = arguments | {"prompts_per_shard": "1"}
+    alone = run(wanted, tmp_path / "alone")
+    folder = tmp_path / "shared"
+    commands = [start_command(wanted, folder) for _ in range(2)]
+    while not stored(folder):
+        assert commands[0].poll() is None
+        time.sleep(0.01)
+    commands[0].kill()
+    commands[0].communicate()
+    commands.append(start_command(wanted, folder))
+    for command in commands[1:]:
+        _, errors = command.communicate(timeout=300)
+        assert command.returncode == 0, errors[-2000:]
+    assert [row["index"] for row in stored(folder)] == list(range(10))
+    for name in ("best.jsonl", "median.jsonl", "random.jsonl", "metrics.jsonl", "samples.jsonl"):
+        assert (folder / name).read_text() == (tmp_path / "alone" / name).read_text(), name
+    together = json.loads((folder / "summary.json").read_text())
+    assert together | {"seconds": 0} == alone | {"seconds": 0}
+    assert not list(folder.rglob("*.tmp*"))
+    scores = [np.load(path / "scores.npz", allow_pickle=False) for path in (folder, tmp_path / "alone")]
+    assert scores[0].files == scores[1].files
+    assert all((scores[0][name] == scores[1][name]).all() for name in scores[0].files)
+
+
+def test_prompts_on_which_a_server_failed_are_tried_again(arguments, finished, tmp_path, monkeypatch):
+    rows = rejection_sampling.Worker.rows
+    asked = []
+
+    def failing(self, prompts, indices):
+        asked.append(list(indices))
+        good = rows(self, prompts, indices)
+        down = {1, 6} if len(asked) <= 3 else {6}
+        return [{"index": r["index"], "prompt": [], "error": "HTTP 503"} if r["index"] in down else r for r in good]
+
+    monkeypatch.setattr(rejection_sampling.Worker, "rows", failing)
+    with pytest.raises(UserError, match="2 of 10 prompts failed"):
+        run(arguments, tmp_path)
+    assert not (tmp_path / "summary.json").exists()
+    assert run(arguments, tmp_path, max_failed_share="0.1")["failed"] == 1
+    assert asked[3:] == [[1], [6]]
+    monkeypatch.setattr(rejection_sampling.Worker, "rows", rows)
+    assert run(arguments, tmp_path)["failed"] == 0
+    assert (tmp_path / "best.jsonl").read_text() == (finished[0] / "best.jsonl").read_text()
 
 
 def test_gold_scores_stand_beside_the_rewards(arguments, tmp_path):
@@ -210,6 +261,7 @@ def test_gold_scores_stand_beside_the_rewards(arguments, tmp_path):
         ("samples_per_prompt", "0", "samples_per_prompt"),
         ("temperature", "0", "temperature"),
         ("safety_threshold", "1.5", "safety_threshold"),
+        ("max_failed_share", "1", "max_failed_share"),
         ("max_new_tokens", "600", "max_new_tokens 600 leaves no room"),
         ("max_new_tokens", "490", "prompt too long"),
     ],

@@ -1,8 +1,10 @@
 """Run folders: what is written, by whom, and what survives a kill."""
 
+import errno
 import importlib.util
 import json
 import math
+import os
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ import torch
 import yaml
 
 from configs.errors import UserError
+from rlhf.claims import is_claimed
 from rlhf.run import RunFolder, numbers, write_atomic
 
 
@@ -91,6 +94,54 @@ def test_a_kill_while_writing_leaves_the_old_file(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         write_atomic(path, "new")
     assert path.read_text() == "old"
+
+
+def test_commands_that_share_a_folder_write_their_results_one_after_the_other(tmp_path):
+    one, two = (RunFolder(tmp_path, {"seed": 1, "logging_steps": n}, "sampling") for n in (1, 2))
+    with one.finishing():
+        assert is_claimed(tmp_path / "finish.lock")
+        one.log(1, {"kept": 7})
+        one.samples(0, [{"n": 1}])
+        one.finish({"kept": 7})
+    assert not is_claimed(tmp_path / "finish.lock")
+    with two.finishing():
+        assert RunFolder.completed(tmp_path) is None, "from here on the folder is the second one's"
+        two.log(1, {"kept": 7})
+        two.samples(0, [{"n": 1}])
+        two.finish({"kept": 7})
+    assert steps(tmp_path / "metrics.jsonl") == [1]
+    assert steps(tmp_path / "samples.jsonl") == [0]
+    assert yaml.safe_load((tmp_path / "settings.yaml").read_text())["logging_steps"] == 2
+    assert RunFolder.completed(tmp_path)["kept"] == 7
+
+
+def test_processes_that_write_one_file_at_the_same_time_do_not_meet(tmp_path, monkeypatch):
+    path = tmp_path / "settings.yaml"
+    replace = os.replace
+
+    def after_another(temporary, target):
+        monkeypatch.setattr("os.replace", replace)
+        write_atomic(path, "another's, and longer")
+        replace(temporary, target)
+
+    monkeypatch.setattr("os.replace", after_another)
+    write_atomic(path, "ours")
+    assert path.read_text() == "ours"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_full_disk_is_the_users_error(tmp_path, monkeypatch):
+    run = RunFolder(tmp_path, {}, "sft")
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(UserError, match=f"{tmp_path} cannot be written: No space left on device.*same command again"):
+        run.finish({})
+    monkeypatch.setattr(Path, "open", full)
+    with pytest.raises(UserError, match="No space left on device"):
+        run.log(1, {"loss": 1.0})
 
 
 def test_trackers_get_the_same_numbers(tmp_path, monkeypatch):
