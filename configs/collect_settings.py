@@ -3,11 +3,12 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from configs.engine_settings import EngineSettings
 from configs.errors import UserError
 
 
 @dataclass(kw_only=True)
-class CollectSettings:
+class CollectSettings(EngineSettings):
     """Two responses a comparison, from two model variants or temperatures (recipe sheet §2)."""
 
     model_name_or_path: str = field(default="", metadata={"help": "model of the first response"})
@@ -48,6 +49,11 @@ class CollectSettings:
     token_budget: int = field(default=32_768, metadata={"help": "cache columns of one sampling batch, over all rows"})
 
     def __post_init__(self) -> None:
+        self.check_engine()
+        if self.engine == "server" and self.second_model_name_or_path is not None:
+            raise UserError(
+                "second_model_name_or_path: one server samples one model; leave it out, or leave server_url out"
+            )
         if self.import_labels is None and not (self.model_name_or_path and self.prompt_files):
             raise UserError("model_name_or_path and prompt_files are needed, or import_labels to read labels back")
         for name in ("pairs_per_prompt", "prompts_per_shard", "max_prompt_tokens", "token_budget"):

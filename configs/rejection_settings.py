@@ -3,12 +3,13 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from configs.engine_settings import EngineSettings
 from configs.errors import UserError
 from configs.sampling_settings import SamplingSettings
 
 
 @dataclass(kw_only=True)
-class RejectionSettings(SamplingSettings):
+class RejectionSettings(EngineSettings, SamplingSettings):
     """Best-of-K sampling. Defaults follow the paper where it says something (recipe sheet §4)."""
 
     temperature: float = field(
@@ -37,6 +38,9 @@ class RejectionSettings(SamplingSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.check_engine()
+        if self.engine == "continuous_batching" and self.stop_strings:
+            raise UserError("stop_strings: continuous batching ends at token ids only; use sampling_engine in_process")
         for name in ("samples_per_prompt", "prompts_per_shard", "max_prompt_tokens", "token_budget"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} must be at least 1, not {getattr(self, name)}")
