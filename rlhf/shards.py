@@ -6,10 +6,12 @@ rows of other settings, prompts or weights are never taken for this run's, and n
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from configs.errors import UserError
 from configs.records import write_jsonl
 
 Row = dict[str, Any]
@@ -50,3 +52,19 @@ def read_shards(folder: Path, count: int, size: int) -> list[Row]:
         with (folder / f"{shard:05d}.jsonl").open(encoding="utf-8") as file:
             rows += [json.loads(line) for line in file]
     return rows
+
+
+def without_failed(rows: list[Row], max_failed_share: float, count: int) -> list[Row]:
+    """The rows of the items that have a result; `count` items in all.
+
+    Raises UserError where more than `max_failed_share` of them failed, with the reasons.
+    """
+    reasons = Counter(row["error"] for row in rows if "error" in row)
+    failed = sum(reasons.values())
+    if failed > max_failed_share * count:
+        shown = "".join(f"\n  {number} x {reason}" for reason, number in reasons.most_common(3))
+        raise UserError(
+            f"{failed} of {count} prompts failed, all others are kept; start the same command again to try just these, "
+            f"or raise max_failed_share to go on without them. Why they failed:{shown}"
+        )
+    return [row for row in rows if "error" not in row]
