@@ -55,7 +55,7 @@ class Drawn(NamedTuple):
     text: str
     usable: bool
     finished: bool
-    error: str | None
+    error: str | None = None
 
 
 class Worker:
@@ -132,9 +132,7 @@ class Worker:
         """Responses of one variant, or prompt by prompt of both where they differ in their temperature only."""
         engine, chat = self.variants[side]
         k = 2 if both else 1
-        encoded = [
-            Prompt(row["prompt"], chat.encode_prompt(row["prompt"]), bool(row["is_safety"])) for row in prompts
-        ]
+        encoded = [Prompt(row["prompt"], chat.encode_prompt(row["prompt"]), bool(row["is_safety"])) for row in prompts]
         own = {"temperatures": self.temperatures} if both else {}
         batch = engine.sample(encoded, k, self._sampling(side), seeds, **own)
         texts = [chat.decode_response(ids) for ids in batch.response_ids]
@@ -263,11 +261,12 @@ def collect(settings: CollectSettings, run: RunSettings, folder: RunFolder) -> t
         ):
             bar.update(done - bar.n)
     state.wait_for_everyone()
-    rows = without_failed(read_shards(shards, total, size), settings.max_failed_share, total)
+    wanted = total * settings.pairs_per_prompt
+    rows = without_failed(read_shards(shards, total, size), settings.max_failed_share, wanted)
     pairs = [row for row in rows if "skipped" not in row]
     counts = {
         "prompts": total,
-        "failed": total * settings.pairs_per_prompt - len(rows),
+        "failed": wanted - len(rows),
         "pairs": len(pairs),
         "skipped_identical": sum(row.get("skipped") == "identical" for row in rows),
         "skipped_unusable": sum(row.get("skipped") == "unusable" for row in rows),

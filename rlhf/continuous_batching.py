@@ -18,13 +18,13 @@ from rlhf.roles import teacher_forced_logprobs, unwrap
 from rlhf.sampler import check_lengths
 from rlhf.samples import Prompt, SampleBatch
 
-# The cache on a CPU, where this engine is for tests and trials: tokens of a page, tokens of a forward, requests at once.
+# The cache on a CPU, where this engine is for tests: tokens of a page, tokens of a forward, requests at once.
 CPU_PAGE, CPU_BATCH_TOKENS, CPU_REQUESTS = 16, 64, 16
 
 
 class ContinuousBatching:
-    """`model_logprobs` False leaves the log-probs under the model itself empty where they would cost another forward
-    over all samples (a temperature other than 1, or a cut)."""
+    """The engine. With `model_logprobs` False the log-probs under the model itself are left empty where they would cost
+    another forward over all samples (a temperature other than 1, or a cut)."""
 
     name = "continuous_batching"
     follows_seeds = False

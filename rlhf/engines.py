@@ -1,7 +1,7 @@
 """The sampling engines and the choice between them: in this process, continuous batching, or a server.
 
-    engine = load_engine(settings, model, tokenizer, chat, device, sampling)
-    batch = engine.sample(prompts, k, sampling, seed)
+engine = load_engine(settings, model, tokenizer, chat, device, sampling)
+batch = engine.sample(prompts, k, sampling, seed)
 """
 
 import logging
@@ -33,8 +33,8 @@ class InProcess:
     name = "in_process"
     follows_seeds = True
 
-    def __init__(self, policy: Any, stop_ids: Sequence[int], pad_id: int, token_budget: int) -> None:
-        self.policy, self.stop_ids, self.pad_id, self.token_budget = policy, list(stop_ids), pad_id, token_budget
+    def __init__(self, policy: Any, tokenizer: Any, stop_ids: Sequence[int], token_budget: int) -> None:
+        self.policy, self.tokenizer, self.stop_ids, self.token_budget = policy, tokenizer, stop_ids, token_budget
 
     @property
     def config(self) -> Any:
@@ -56,8 +56,9 @@ class InProcess:
             k,
             settings,
             stop_ids=self.stop_ids,
-            pad_id=self.pad_id,
+            pad_id=self.tokenizer.pad_token_id,
             seed=seed,
+            tokenizer=self.tokenizer,
             token_budget=self.token_budget,
             temperatures=temperatures,
         )
@@ -130,8 +131,8 @@ def load_engine(
 ) -> Engine:
     """The engine that `settings` name, or the best here: the policy is loaded unless a server samples.
 
-    `sampling` is what a server is tried with. Continuous batching leaves the model's own log-probs out where they cost a
-    forward: no stage that chooses its engine keeps them. Raises UserError where a server cannot serve.
+    `sampling` is what a server is tried with. Continuous batching leaves the model's own log-probs out where they cost
+    a forward: no stage that chooses its engine keeps them. Raises UserError where a server cannot serve.
     """
     path = model.model_name_or_path
     if settings.engine == "server":
@@ -143,7 +144,7 @@ def load_engine(
             raise UserError(f"sampling_engine server needs the openai package: pip install openai ({error})") from error
         return Server(settings, path, chat, AutoConfig.from_pretrained(path), sampling)
     policy = load_policy(model, trainable=False).to(device)
-    in_process = InProcess(policy, chat.stop_ids, tokenizer.pad_token_id, token_budget)
+    in_process = InProcess(policy, tokenizer, chat.stop_ids, token_budget)
     if settings.engine == "in_process" or (settings.engine == "auto" and device.type != "cuda"):
         return in_process
     batching = ContinuousBatching(policy, chat.stop_ids, tokenizer.pad_token_id, model_logprobs=False)

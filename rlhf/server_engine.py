@@ -118,8 +118,7 @@ class Server:
     ) -> SampleBatch:
         stop_ids = self._stop_ids(settings)
         ids = [
-            [] if c is None else encode_choice(c, self.chat.tokenizer, stop_ids, settings.stop_strings)
-            for c in choices
+            [] if c is None else encode_choice(c, self.chat.tokenizer, stop_ids, settings.stop_strings) for c in choices
         ]
         # Servers differ in whether they report the model's log-probs or the tempered ones: known where both are equal.
         known = [c.logprobs or [] if c and c.ids is not None and plain(settings) else [] for c in choices]
@@ -277,6 +276,6 @@ def _words(error: Exception) -> str:
             said = said.get("message") or said.get("detail") or said
         text = f"status {error.status_code}: {said}"
     else:
-        text = str(error.__cause__ or error)
+        text = str(error.__cause__ or error) if isinstance(error, openai.APIConnectionError) else str(error)
     text = "".join(c if c.isprintable() else " " for c in " ".join(text.split()))
     return text if len(text) <= SHOWN else text[:SHOWN] + "..."

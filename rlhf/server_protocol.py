@@ -1,4 +1,4 @@
-"""[pure] What is asked of an OpenAI-compatible server, and what its answers mean. rlhf/server_engine.py sends and retries.
+"""[pure] What is asked of an OpenAI-compatible server, and what its answers mean (rlhf/server_engine.py sends).
 
 Dialects, from the one that says most down:
 
@@ -133,7 +133,7 @@ def _read_choice(choice: Any) -> Choice:
 
 
 def _logprobs(given: Any) -> tuple[list[str], list[float] | None]:
-    """Token names and log-probs in either form, of completions ({tokens, token_logprobs}) or chat ({content: [...]})."""
+    """Token names and log-probs of completions ({tokens, token_logprobs}) or of chat ({content: [...]})."""
     if not isinstance(given, dict):
         return [], None
     if isinstance(given.get("content"), list):

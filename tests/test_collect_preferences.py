@@ -10,8 +10,8 @@ from tiny_models import write_rows
 
 from configs.errors import UserError
 from configs.records import read_preferences
-from rlhf import collect_preferences
-from rlhf.collect_preferences import annotate_pairs
+from rlhf import collect_preferences, engines
+from rlhf.collect_preferences import Drawn, annotate_pairs
 from rlhf.labels import import_labels, safety_label
 from rlhf.simulation.people import draw_prompts
 
@@ -86,7 +86,7 @@ def test_equal_texts_are_drawn_again_then_left_out_and_counted(arguments, tmp_pa
     def pairs(self, prompts, indices, attempt):
         attempts.extend((index, attempt) for index in indices)
         same = {0: 99, 1: 1}
-        return [[("same" if attempt < same.get(i, 0) else f"text {side}", True, True) for side in (0, 1)]
+        return [[Drawn("same" if attempt < same.get(i, 0) else f"text {side}", True, True) for side in (0, 1)]
                 for i in indices]  # fmt: skip
 
     monkeypatch.setattr(collect_preferences.Worker, "_pairs", pairs)
@@ -97,13 +97,13 @@ def test_equal_texts_are_drawn_again_then_left_out_and_counted(arguments, tmp_pa
 
 def test_each_draw_of_a_pair_has_its_own_seed(arguments, tmp_path, monkeypatch):
     seeds: list[int] = []
-    sample = collect_preferences.sample
+    sample = engines.sample
 
     def recorded(*positional, **named):
         seeds.extend(named["seed"])
         return sample(*positional, **named)
 
-    monkeypatch.setattr(collect_preferences, "sample", recorded)
+    monkeypatch.setattr(engines, "sample", recorded)
     monkeypatch.setattr(collect_preferences, "usable", lambda *_: False)
     with pytest.raises(UserError, match="no prompt gave two different responses .*'skipped_unusable': 40"):
         run(arguments, tmp_path, max_resamples="1")
