@@ -62,12 +62,13 @@ class ContinuousBatching:
         logprobs: list[list[float]] = []
         errors: dict[int, str] = {}
         for p in range(len(prompts)):
-            mine = [outputs.get(name) for name in request_names(p, k)]
-            failed = [output for output in mine if output is None or output.error is not None]
-            if failed:
-                errors[p] = f"continuous batching: {failed[0].error if failed[0] else 'the request was lost'}"
-            ids += [[] if failed else output.generated_tokens for output in mine]
-            logprobs += [[] if failed else output.logprobs for output in mine]
+            mine = [outputs[name] for name in request_names(p, k) if name in outputs]
+            if faults := [output.error for output in mine if output.error is not None]:
+                errors[p] = f"continuous batching: {faults[0]}"
+            elif len(mine) < k:
+                errors[p] = "continuous batching: the request was lost"
+            ids += [[] for _ in range(k)] if p in errors else [output.generated_tokens for output in mine]
+            logprobs += [[] for _ in range(k)] if p in errors else [output.logprobs for output in mine]
         if len(errors) == len(prompts):  # then it is not the prompts' fault
             raise UserError(f"{errors[0]}; use sampling_engine in_process")
         reasons = [

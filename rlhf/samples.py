@@ -5,7 +5,7 @@ The engines: in this process (rlhf/sampler.py), and those that rlhf/engines.py c
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 from configs.errors import UserError
 from configs.sampling_settings import SamplingSettings
@@ -45,8 +45,16 @@ class Engine(Protocol):
     An engine that cannot follow per-sample seeds says so in `follows_seeds`; its `seeds` are what was asked for.
     """
 
-    name: str
-    follows_seeds: bool
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def follows_seeds(self) -> bool: ...
+
+    @property
+    def config(self) -> Any:
+        """The configuration of the sampled model, for its positions."""
+        ...
 
     def sample(
         self, prompts: Sequence[Prompt], k: int, settings: SamplingSettings, seed: int | Sequence[int] = 0

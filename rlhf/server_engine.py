@@ -164,9 +164,9 @@ class Server:
             raise Garbage("the answer is not JSON") from error
         choices = read_choices(answer, len(tokenizer), settings.max_new_tokens)
         limit = position_limit(self)
-        for choice in choices if limit is not None else []:
+        for choice in choices:
             length = len(prompt.ids) + len(encode_choice(choice, tokenizer, stop_ids, settings.stop_strings))
-            if length > limit:
+            if limit is not None and length > limit:
                 raise Garbage(f"a text of {length} tokens with its prompt, where the policy has {limit} positions")
         return choices, answer
 

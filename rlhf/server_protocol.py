@@ -138,10 +138,11 @@ def _logprobs(given: Any) -> tuple[list[str], list[float] | None]:
         return [], None
     if isinstance(given.get("content"), list):
         rows = [row if isinstance(row, dict) else {} for row in given["content"]]
-        names, values = [row.get("token") for row in rows], [row.get("logprob") for row in rows]
+        names: Any = [row.get("token") for row in rows]
+        values: Any = [row.get("logprob") for row in rows]
     else:
-        names, values = given.get("tokens") or [], given.get("token_logprobs")
-    if not isinstance(values, list):
+        names, values = given.get("tokens"), given.get("token_logprobs")
+    if not isinstance(values, list) or not isinstance(names, list):
         return [], None
     if not all(isinstance(value, int | float) and math.isfinite(value) for value in values):
         raise Garbage("a log-prob is not a finite number")
