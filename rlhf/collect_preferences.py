@@ -121,7 +121,7 @@ class Worker:
         """By prompt, a response of each variant, seeded by pair, side and attempt."""
         streams = [(self.seed * 1_000_003 + attempt) * 2 + side for side in (0, 1)]
         seeds = [[sample_seeds(stream, 1, first=index)[0] for index in indices] for stream in streams]
-        if self.variants[0] is self.variants[1] and isinstance(self.variants[0][0], InProcess):
+        if self.variants[0] is self.variants[1] and self.variants[0][0].name == InProcess.name:
             # Each prompt is computed once for both.
             both = self._draw(0, prompts, [seed for pair in zip(*seeds, strict=True) for seed in pair], True)
             return [both[i : i + 2] for i in range(0, len(both), 2)]

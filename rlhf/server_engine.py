@@ -121,7 +121,10 @@ class Server:
             [] if c is None else encode_choice(c, self.chat.tokenizer, stop_ids, settings.stop_strings) for c in choices
         ]
         # Servers differ in whether they report the model's log-probs or the tempered ones: known where both are equal.
-        known = [c.logprobs or [] if c and c.ids is not None and plain(settings) else [] for c in choices]
+        known = [
+            list(c.logprobs) if c and c.logprobs and len(c.logprobs) == len(own) and plain(settings) else []
+            for c, own in zip(choices, ids, strict=True)
+        ]
         return SampleBatch(
             ids,
             known,

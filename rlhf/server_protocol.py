@@ -155,6 +155,9 @@ def encode_choice(choice: Choice, tokenizer: Any, stop_ids: list[int], stop_stri
     A stop id that the server does not name is taken to be the last of `stop_ids`, which ends a turn in the format.
     """
     if choice.ids is not None:
+        end = choice.stopped_by
+        if isinstance(end, int) and end in stop_ids and choice.ids[-1] != end:  # trimmed, but named
+            return [*choice.ids, end]
         return choice.ids
     text, by_string = choice.text, any(choice.text.endswith(end) for end in stop_strings)
     if choice.reason == "stop" and choice.stopped_by in stop_strings and not by_string:

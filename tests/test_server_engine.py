@@ -165,6 +165,9 @@ def test_what_ended_a_text_is_put_back():
     assert encoded(text="cat", reason="length") == ids("cat")
     assert encoded(text="", reason="stop") == [2]
     assert encoded(text="x", reason="stop", ids=[5, 6]) == [5, 6]
+    assert encoded(text="x", reason="stop", ids=[5, 2], stopped_by=2) == [5, 2]
+    assert encoded(text="x", reason="stop", ids=[5, 6], stopped_by=2) == [5, 6, 2]  # trimmed, but named
+    assert encoded(text="x", reason="stop", ids=[5, 6], stopped_by="END") == [5, 6]
 
 
 CHOICE = {"text": "a", "finish_reason": "stop", "token_ids": [5, 2]}
