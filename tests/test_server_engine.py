@@ -85,7 +85,8 @@ def test_ids_and_log_probs_of_n_samples_a_request():
         neutral = {"temperature": 1.0, "top_p": 1.0, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
         assert {name: body[name] for name in neutral} == neutral
         assert (body["stop_token_ids"], body["max_tokens"], body["return_token_ids"]) == ([9, 2], 8, True)
-        assert "seed" not in body, "one seed for n samples would make some servers draw one sample n times"
+        # One seed for n samples would make some servers draw one sample n times.
+        assert not any("seed" in body for _, body in server.requests)
         assert batch.response_ids == [[10, 20, 2], [11, 20, 2], [12, 20, 2]] * 4
         assert batch.logprobs == batch.model_logprobs == [[-0.5] * 3, [-1.5] * 3, [-2.5] * 3] * 4
         assert (batch.exact_ids, batch.errors, batch.finish_reasons) == (True, {}, ["stop"] * 12)
