@@ -36,6 +36,15 @@ def test_greedy_equals_generate_token_for_token(ending_policy):
         torch.testing.assert_close(torch.tensor(known), row[: len(known)], atol=1e-4, rtol=0)
 
 
+def test_stop_ids_of_the_settings_end_a_sample(ending_policy):
+    engine = ContinuousBatching(ending_policy, [2], 3)
+    (whole,) = engine.sample(PROMPTS[:1], 1, SamplingSettings(temperature=0.0, max_new_tokens=8)).response_ids
+    settings = SamplingSettings(temperature=0.0, max_new_tokens=8, stop_token_ids=[whole[2]])
+    cut = engine.sample(PROMPTS[:1], 1, settings)
+    assert cut.response_ids == [whole[: whole.index(whole[2]) + 1]]
+    assert cut.finish_reasons == ["stop"]
+
+
 def test_samples_and_both_log_probs_under_temperature_and_every_filter(ending_policy):
     settings = SamplingSettings(temperature=0.7, top_k=40, top_p=0.9, min_p=0.02, max_new_tokens=6, stop_token_ids=[9])
     state = torch.get_rng_state()

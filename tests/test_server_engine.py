@@ -342,7 +342,11 @@ def test_rejection_sampling_keeps_what_was_sampled_and_leaves_failed_prompts_out
     bad = chat.encode_prompt(rows[3]["prompt"])
     server = ids_server(lambda body, nth: (400, {"error": "refused"}) if body["prompt"] == bad else None)
     with server.running() as url:
-        arguments = folders | {"output_dir": tmp_path, "server_url": url}
+        arguments = folders | {
+            "output_dir": tmp_path,
+            "server_url": url,
+            "prompts_per_shard": "1",
+        }  # a shard fails whole
         with pytest.raises(UserError, match="1 of 10 prompts failed, all others are kept"):
             rejection_sampling.main(words_of(**arguments))
         asked = len(server.requests)
