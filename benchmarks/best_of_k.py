@@ -1,14 +1,14 @@
-"""K responses to each of many real prompts: ours against transformers' `generate`, useful tokens a second on one thread.
+"""K responses to each of many real prompts: ours against transformers' `generate`, useful tokens a second, one thread.
 
     python benchmarks/best_of_k.py [--model runs/smollm2] [--rounds 3] [--prompts 64] [--k 16]
 
-Without `--model`, a Llama of 1.3 M parameters is first taught HH-RLHF dialogues for some minutes (`--train_steps`), so
-that it ends its responses where people did; `--model` names any chat model. Prompts are the real ones, or drawn ids of their lengths
-where they are absent. The peer is `generate(num_return_sequences=k)` over prompts sorted by length, in batches of the
-size that is fastest for it on a part of the prompts (`--peer_prompts` fixes it); it gives no log-probs, ours gives two
-for each token. A useful token is one of a response, its end included. Both must give the same greedy responses, and
-sampled ones of the same mean length within four standard errors. Rounds go in turn; figures are medians of processor
-seconds; peak memory is each side's own, in a process of its own, above what it held before sampling.
+Without `--model`, a Llama of 0.8 M parameters is first taught HH-RLHF dialogues for some minutes (`--train_steps`), so
+that it ends its responses where people did; `--model` names any chat model. Prompts are the real ones, or drawn ids of
+their lengths where they are absent. The peer is `generate(num_return_sequences=k)` over prompts sorted by length, in
+batches of the size that is fastest for it on a part of the prompts (`--peer_prompts` fixes it); it gives no log-probs,
+ours gives two for each token. A useful token is one of a response, its end included. Both must give the same greedy
+responses, and sampled ones of the same mean length within four standard errors. Rounds go in turn; figures are medians
+of processor seconds; peak memory is each side's own, in a process of its own, above what it held before sampling.
 
 The prediction counts tokens: a prompt's are computed once instead of k times, and a row that has ended leaves its
 place, instead of being fed until the longest of its batch ends. The last line is one JSON object: `ratio` of the rates.
@@ -90,9 +90,7 @@ def real_prompts(count: int, model: str, longest: int) -> tuple[list[list[int]],
     """HH-RLHF prompts in the ids of the tokenizer of `model`, with its stop ids and padding id."""
     tokenizer = load_tokenizer(model)
     chat = load_chat_format(tokenizer)
-    rows = [
-        row for name in SETS for row in read_preferences(KIT / f"hh-{name}-train.jsonl.gz", chat_format=chat).rows
-    ]
+    rows = [row for name in SETS for row in read_preferences(KIT / f"hh-{name}-train.jsonl.gz", chat_format=chat).rows]
     order = np.random.default_rng(0).permutation(len(rows))
     prompts = (chat.encode_prompt(rows[i]["prompt"]) for i in order)
     chosen = [ids for ids in prompts if len(ids) <= longest][:count]
@@ -181,9 +179,7 @@ def load_task(arguments: argparse.Namespace, model: str) -> Task:
     else:
         prompts, stop_ids, pad_id = real_prompts(arguments.prompts, model, arguments.longest_prompt)
         data = "hh-rlhf"
-    return Task(
-        network, prompts, arguments.k, stop_ids, pad_id, arguments.max_new_tokens, arguments.token_budget, data
-    )
+    return Task(network, prompts, arguments.k, stop_ids, pad_id, arguments.max_new_tokens, arguments.token_budget, data)
 
 
 def fastest_batch(task: Task) -> int:
@@ -232,7 +228,9 @@ def main(arguments: argparse.Namespace) -> None:
     rate = {side: median(found) for side, found in rates.items()}
     print("| side | useful tokens/s | tokens computed: prompt | response | peak memory, MiB |\n|---|---|---|---|---|")
     for side in sides:
-        print(f"| {side} | {rate[side]:.0f} | {fed[f'{side}_prompt']} | {fed[f'{side}_response']} | {memory[side]:.0f} |")
+        print(
+            f"| {side} | {rate[side]:.0f} | {fed[f'{side}_prompt']} | {fed[f'{side}_response']} | {memory[side]:.0f} |"
+        )
     print(json.dumps({
         "ratio": rate["ours"] / rate["peer"], "tokens_per_second": rate, "rounds": rates,
         "prediction": (fed["peer_prompt"] + fed["peer_response"]) / (fed["ours_prompt"] + fed["ours_response"]),

@@ -3,11 +3,12 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from configs.engine_settings import EngineSettings
 from configs.errors import UserError
 
 
 @dataclass(kw_only=True)
-class CollectSettings:
+class CollectSettings(EngineSettings):
     """Two responses a comparison, from two model variants or temperatures (recipe sheet §2)."""
 
     model_name_or_path: str = field(default="", metadata={"help": "model of the first response"})
@@ -43,17 +44,16 @@ class CollectSettings:
         default=None, metadata={"help": "a labelled file (as written with annotator none) to turn into records"}
     )
     max_reject_share: float = field(default=0.05, metadata={"help": "share of bad rows above which the run stops"})
-    max_failed_share: float = field(
-        default=0.0,
-        metadata={
-            "help": "share of prompts that may stay without a result where a server failed; above it the run stops"
-        },
-    )
     test_fraction: float = field(default=0.1, metadata={"help": "share of the prompts held out into *_test.jsonl"})
     prompts_per_shard: int = field(default=256, metadata={"help": "prompts between two writes: what a kill can lose"})
     token_budget: int = field(default=32_768, metadata={"help": "cache columns of one sampling batch, over all rows"})
 
     def __post_init__(self) -> None:
+        self.check_engine()
+        if self.engine == "server" and self.second_model_name_or_path is not None:
+            raise UserError(
+                "second_model_name_or_path: one server samples one model; leave it out, or leave server_url out"
+            )
         if self.import_labels is None and not (self.model_name_or_path and self.prompt_files):
             raise UserError("model_name_or_path and prompt_files are needed, or import_labels to read labels back")
         for name in ("pairs_per_prompt", "prompts_per_shard", "max_prompt_tokens", "token_budget"):
@@ -67,6 +67,6 @@ class CollectSettings:
                 raise UserError(f"{name} must be above 0, not {getattr(self, name)}: equal responses compare nothing")
         if not self.annotator_noise > 0.0:
             raise UserError(f"annotator_noise must be above 0, not {self.annotator_noise}")
-        for name in ("max_reject_share", "max_failed_share", "test_fraction"):
+        for name in ("max_reject_share", "test_fraction"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise UserError(f"{name} must be in [0, 1), not {getattr(self, name)}")

@@ -3,12 +3,13 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from configs.engine_settings import EngineSettings
 from configs.errors import UserError
 from configs.sampling_settings import SamplingSettings
 
 
 @dataclass(kw_only=True)
-class RejectionSettings(SamplingSettings):
+class RejectionSettings(EngineSettings, SamplingSettings):
     """Best-of-K sampling. Defaults follow the paper where it says something (recipe sheet §4)."""
 
     temperature: float = field(
@@ -31,26 +32,22 @@ class RejectionSettings(SamplingSettings):
     max_prompts: int = field(default=0, metadata={"help": "use the first so many prompts; 0: all"})
     max_prompt_tokens: int = field(default=1024, metadata={"help": "longer prompts are refused by the reader"})
     max_reject_share: float = field(default=0.05, metadata={"help": "share of bad rows above which the run stops"})
-    max_failed_share: float = field(
-        default=0.0,
-        metadata={
-            "help": "share of prompts that may stay without a result where a server failed; above it the run stops"
-        },
-    )
     prompts_per_shard: int = field(default=128, metadata={"help": "prompts between two writes: what a kill can lose"})
     token_budget: int = field(default=32_768, metadata={"help": "cache columns of one sampling batch, over all rows"})
     score_token_budget: int = field(default=8192, metadata={"help": "tokens of one scoring batch, padding included"})
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.check_engine()
+        if self.engine == "continuous_batching" and self.stop_strings:
+            raise UserError("stop_strings: continuous batching ends at token ids only; use sampling_engine in_process")
         for name in ("samples_per_prompt", "prompts_per_shard", "max_prompt_tokens", "token_budget"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} must be at least 1, not {getattr(self, name)}")
         if self.max_prompts < 0:
             raise UserError(f"max_prompts must not be negative, not {self.max_prompts}; 0 uses all")
-        for name in ("max_reject_share", "max_failed_share"):
-            if not 0.0 <= getattr(self, name) < 1.0:
-                raise UserError(f"{name} must be in [0, 1), not {getattr(self, name)}")
+        if not 0.0 <= self.max_reject_share < 1.0:
+            raise UserError(f"max_reject_share must be in [0, 1), not {self.max_reject_share}")
         if not 0.0 < self.safety_threshold < 1.0:
             raise UserError(f"safety_threshold is a probability in (0, 1), not {self.safety_threshold}")
         if self.temperature == 0.0 and self.samples_per_prompt > 1:

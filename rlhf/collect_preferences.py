@@ -23,28 +23,40 @@ import random
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import PartialState
 from tqdm import tqdm
 
-from configs.chat import load_chat_format
+from configs.chat import ChatFormat, load_chat_format
 from configs.collect_settings import CollectSettings
+from configs.engine_settings import NOT_SAMPLED
 from configs.errors import UserError
 from configs.model_settings import ModelSettings, RunSettings
 from configs.records import RATINGS, split_by_prompt, write_jsonl
 from configs.sampling_settings import SamplingSettings
 from rlhf.cli import entry, parse
 from rlhf.draw import sample_seeds
+from rlhf.engines import InProcess, load_engine
 from rlhf.labels import LABELS, import_labels, preference_record
-from rlhf.models import load_policy, load_tokenizer
+from rlhf.models import load_tokenizer
 from rlhf.rejection_sampling import read_prompt_files, usable
 from rlhf.run import RunFolder, numbers
-from rlhf.sampler import prompt_room, sample
+from rlhf.sampler import prompt_room
+from rlhf.samples import Prompt
 from rlhf.shards import read_shards, run_shards, shard_folder, weights_stamp, without_failed
 
 Row = dict[str, Any]
+
+
+class Drawn(NamedTuple):
+    """One response. `error`: why there is none."""
+
+    text: str
+    usable: bool
+    finished: bool
+    error: str | None = None
 
 
 class Worker:
@@ -57,22 +69,29 @@ class Worker:
         loaded = {path: self._load(path, device) for path in dict.fromkeys(self.paths)}
         self.variants = [loaded[path] for path in self.paths]
 
-    def _load(self, path: str, device: torch.device) -> tuple[Any, Any, int]:
+    def _load(self, path: str, device: torch.device) -> tuple[Any, ChatFormat]:
         tokenizer = load_tokenizer(path)
         model = ModelSettings(
             path, self.settings.chat_format, self.settings.dtype, attn_implementation=self.settings.attn_implementation
         )
-        policy = load_policy(model, trainable=False).to(device)
-        return policy, load_chat_format(tokenizer, self.settings.chat_format), tokenizer.pad_token_id
+        chat = load_chat_format(tokenizer, self.settings.chat_format)
+        sampling, budget = self._sampling(0), self.settings.token_budget
+        return load_engine(self.settings, model, tokenizer, chat, device, sampling, budget), chat
+
+    def _sampling(self, side: int) -> SamplingSettings:
+        return SamplingSettings(self.temperatures[side], self.settings.top_p, 0, self.settings.max_new_tokens)
 
     @property
     def room(self) -> int:
         """The longest prompt in tokens that leaves both variants room for a response."""
         new, longest = self.settings.max_new_tokens, self.settings.max_prompt_tokens
-        return min(prompt_room(policy, new, longest) for policy, _, _ in self.variants)
+        return min(prompt_room(engine, new, longest) for engine, _ in self.variants)
 
     def rows(self, prompts: list[Row], indices: Sequence[int]) -> list[Row]:
-        """One row a comparison of the prompts with these indices; where no usable pair was drawn, it has `skipped`."""
+        """One row a comparison of the prompts with these indices; where no usable pair was drawn, it has `skipped`.
+
+        A comparison that the engine could not sample has `error`; it is tried again at the next start.
+        """
         per_prompt = self.settings.pairs_per_prompt
         waiting = {
             index * per_prompt + i: prompt
@@ -81,65 +100,67 @@ class Worker:
         }
         rows: dict[int, Row] = {}
         skipped: dict[int, str] = {}
+        failed: dict[int, str] = {}
         for attempt in range(self.settings.max_resamples + 1):
-            todo = [index for index in waiting if index not in rows]
+            todo = [index for index in waiting if index not in rows and index not in failed]
             if not todo:
                 break
             pairs = self._pairs([waiting[i] for i in todo], todo, attempt)
             for index, pair in zip(todo, pairs, strict=True):
                 one, two = pair
-                if not (one[1] and two[1]):
+                if error := one.error or two.error:
+                    failed[index] = error
+                elif not (one.usable and two.usable):
                     skipped[index] = "unusable"
-                elif one[0] == two[0]:
+                elif one.text == two.text:
                     skipped[index] = "identical"
                 else:
                     rows[index] = self._row(index, waiting[index], pair, attempt)
+        without: dict[int, Row] = {index: {"skipped": skipped.get(index)} for index in waiting}
+        without |= {index: {"prompt": waiting[index]["prompt"], "error": error} for index, error in failed.items()}
         return [
-            {"index": index // per_prompt, **rows.get(index, {"id": str(index), "skipped": skipped.get(index)})}
-            for index in waiting
+            {"index": index // per_prompt, **rows.get(index, {"id": str(index), **without[index]})} for index in waiting
         ]
 
-    def _pairs(self, prompts: list[Row], indices: list[int], attempt: int) -> list[list[tuple[str, bool, bool]]]:
-        """By prompt, (text, usable, finished) of a response of each variant, seeded by pair, side and attempt."""
+    def _pairs(self, prompts: list[Row], indices: list[int], attempt: int) -> list[list[Drawn]]:
+        """By prompt, a response of each variant, seeded by pair, side and attempt."""
         streams = [(self.seed * 1_000_003 + attempt) * 2 + side for side in (0, 1)]
         seeds = [[sample_seeds(stream, 1, first=index)[0] for index in indices] for stream in streams]
-        if self.variants[0] is self.variants[1] and min(self.temperatures) > 0:  # each prompt is computed once for both
+        if self.variants[0] is self.variants[1] and self.variants[0][0].name == InProcess.name:
+            # Each prompt is computed once for both.
             both = self._draw(0, prompts, [seed for pair in zip(*seeds, strict=True) for seed in pair], True)
             return [both[i : i + 2] for i in range(0, len(both), 2)]
         sides = [self._draw(side, prompts, seeds[side], False) for side in (0, 1)]
         return [list(pair) for pair in zip(*sides, strict=True)]
 
-    def _draw(self, side: int, prompts: list[Row], seeds: list[int], both: bool) -> list[tuple[str, bool, bool]]:
+    def _draw(self, side: int, prompts: list[Row], seeds: list[int], both: bool) -> list[Drawn]:
         """Responses of one variant, or prompt by prompt of both where they differ in their temperature only."""
-        policy, chat, pad_id = self.variants[side]
+        engine, chat = self.variants[side]
         k = 2 if both else 1
-        batch = sample(
-            policy,
-            [chat.encode_prompt(row["prompt"]) for row in prompts],
-            k,
-            SamplingSettings(self.temperatures[side], self.settings.top_p, 0, self.settings.max_new_tokens),
-            stop_ids=chat.stop_ids,
-            pad_id=pad_id,
-            seed=seeds,
-            token_budget=self.settings.token_budget,
-            temperatures=self.temperatures if both else None,
-        )
+        encoded = [Prompt(row["prompt"], chat.encode_prompt(row["prompt"]), bool(row["is_safety"])) for row in prompts]
+        own = {"temperatures": self.temperatures} if both else {}
+        batch = engine.sample(encoded, k, self._sampling(side), seeds, **own)
         texts = [chat.decode_response(ids) for ids in batch.response_ids]
         return [
-            (text, usable(chat, prompts[i // k]["prompt"], text), batch.finish_reasons[i] == "stop")
+            Drawn(
+                text,
+                usable(chat, prompts[i // k]["prompt"], text),
+                batch.finish_reasons[i] == "stop",
+                batch.errors.get(i // k),
+            )
             for i, text in enumerate(texts)
         ]
 
-    def _row(self, index: int, prompt: Row, pair: list[tuple[str, bool, bool]], attempt: int) -> Row:
+    def _row(self, index: int, prompt: Row, pair: list[Drawn], attempt: int) -> Row:
         order = [0, 1] if random.Random(f"{self.seed}/order/{index}").random() < 0.5 else [1, 0]
         return {
             "id": str(index),
             "prompt": prompt["prompt"],
             "is_safety": bool(prompt["is_safety"]),
             "source": prompt.get("source", ""),
-            "response_a": pair[order[0]][0],
-            "response_b": pair[order[1]][0],
-            "unfinished": sum(not finished for _, _, finished in pair),
+            "response_a": pair[order[0]].text,
+            "response_b": pair[order[1]].text,
+            "unfinished": sum(not drawn.finished for drawn in pair),
             "attempt": attempt,
             "variants": order,  # the variant that wrote response_a, response_b: 0 the first, 1 the second
         }
@@ -228,8 +249,9 @@ def collect(settings: CollectSettings, run: RunSettings, folder: RunFolder) -> t
     )
     prompts = prompts[: settings.max_prompts or None]
     # What happens to the pairs later (annotator, split) does not change them: relabelling draws nothing again.
-    later = ("annotator", "annotator_noise", "import_labels", "max_reject_share", "max_failed_share", "test_fraction")
+    later = ("annotator", "annotator_noise", "import_labels", "max_reject_share", "test_fraction", *NOT_SAMPLED)
     content: Row = {name: value for name, value in asdict(settings).items() if name not in later}
+    content["sampling_engine"] = settings.engine
     content |= {"seed": run.seed, "weights": [weights_stamp(path) for path in worker.paths]}
     content["prompts"] = [[p["prompt"], p["is_safety"]] for p in prompts]
     size, total = settings.prompts_per_shard, len(prompts)
@@ -238,10 +260,12 @@ def collect(settings: CollectSettings, run: RunSettings, folder: RunFolder) -> t
         for done in run_shards(shards, total, size, lambda items: worker.rows([prompts[i] for i in items], items)):
             bar.update(done - bar.n)
     state.wait_for_everyone()
-    rows = without_failed(read_shards(shards, total, size), settings.max_failed_share, total)
+    wanted = total * settings.pairs_per_prompt
+    rows = without_failed(read_shards(shards, total, size), settings.max_failed_share, wanted)
     pairs = [row for row in rows if "skipped" not in row]
     counts = {
         "prompts": total,
+        "failed": wanted - len(rows),
         "pairs": len(pairs),
         "skipped_identical": sum(row.get("skipped") == "identical" for row in rows),
         "skipped_unusable": sum(row.get("skipped") == "unusable" for row in rows),

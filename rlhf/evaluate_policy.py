@@ -32,9 +32,8 @@ from reward.model import load_reward_model
 from reward.scorer import score_ids
 from rlhf.cli import entry, parse
 from rlhf.estimates import mean_with_interval, share_with_interval
-from rlhf.losses import token_logprobs
 from rlhf.models import load_policy, load_tokenizer, resolve_dtype
-from rlhf.roles import Sequences, unwrap
+from rlhf.roles import teacher_forced_logprobs
 from rlhf.run import RunFolder, numbers
 from rlhf.sampler import prompt_room, sample
 from rlhf.simulation.annotator import SAFE_FROM
@@ -43,18 +42,9 @@ from rlhf.simulation.world import gold_helpfulness, gold_safety, is_refusal
 IdLists = Sequence[Sequence[int]]
 
 
-@torch.inference_mode()
 def response_logprobs(model: Any, prompts: IdLists, responses: IdLists, token_budget: int = 8192) -> Tensor:
     """Sum over each response of log pi(token), in nats: float32 [N] on the CPU, for N prompts and responses of ids."""
-    causal = unwrap(model)
-    device = next(causal.parameters()).device
-    sequences = Sequences.build(prompts, responses, device)
-    parts: list[tuple[Tensor, Tensor]] = []
-    for rows_M in sequences.micro_batches(range(len(prompts)), token_budget):
-        hidden_ND, targets_N = sequences.hidden(getattr(causal, causal.base_model_prefix), rows_M)
-        logprobs_N, _ = token_logprobs(hidden_ND, causal.get_output_embeddings().weight, targets_N)
-        parts.append((rows_M, logprobs_N))
-    return sequences.scatter(parts).sum(1).cpu()
+    return teacher_forced_logprobs(model, prompts, responses, token_budget).sum(1)
 
 
 def read_records(settings: EvaluateSettings, chat: Any, room: int) -> list[dict[str, Any]]:

@@ -32,6 +32,7 @@ from accelerate import PartialState
 from tqdm import tqdm
 
 from configs.chat import ChatFormat, ChatFormatError, load_chat_format
+from configs.engine_settings import NOT_SAMPLED
 from configs.errors import UserError
 from configs.model_settings import ModelSettings, RunSettings
 from configs.records import read_prompts, write_jsonl
@@ -41,9 +42,11 @@ from reward.model import load_reward_model
 from reward.scorer import score_ids
 from rlhf.cli import entry, parse
 from rlhf.draw import sample_seeds
-from rlhf.models import load_policy, load_tokenizer
+from rlhf.engines import load_engine
+from rlhf.models import load_tokenizer, resolve_dtype
 from rlhf.run import RunFolder
-from rlhf.sampler import prompt_room, sample
+from rlhf.sampler import prompt_room
+from rlhf.samples import Prompt
 from rlhf.selection import Picks, best_of_n_curve, best_of_n_kl, pick
 from rlhf.shards import read_shards, run_shards, shard_folder, weights_stamp, without_failed
 
@@ -91,43 +94,45 @@ def gold_scores(prompt: list[dict[str, str]], texts: list[str]) -> dict[str, lis
 
 
 class Worker:
-    """The policy and both reward models; turns prompts into rows of K scored responses."""
+    """The sampling engine and both reward models; turns prompts into rows of K scored responses."""
 
     def __init__(
         self, settings: RejectionSettings, model: ModelSettings, seed: int, tokenizer: Any, device: torch.device
     ) -> None:
-        self.settings, self.seed, self.tokenizer = settings, seed, tokenizer
+        self.settings, self.seed = settings, seed
         self.chat = load_chat_format(tokenizer, model.chat_format)
-        self.policy = load_policy(model, trainable=False).to(device)
-        dtype = next(self.policy.parameters()).dtype
+        self.engine = load_engine(settings, model, tokenizer, self.chat, device, settings, settings.token_budget)
+        dtype = resolve_dtype(model, trainable=False)
         paths = {"helpfulness": settings.helpfulness_model_path, "safety": settings.safety_model_path}
         for name, path in paths.items():
             check_same_tokenizer(tokenizer, path, f"{name}_model_path")
         self.reward_models = {name: load_reward_model(path, dtype=dtype).to(device) for name, path in paths.items()}
 
     def rows(self, prompts: list[Row], indices: Sequence[int]) -> list[Row]:
-        """Rows of the prompts with these indices: sampled, scored, not yet selected. Seeds follow the index."""
+        """Rows of the prompts with these indices: sampled, scored, not yet selected. Seeds follow the index.
+
+        A prompt that the engine could not sample becomes {"index", "prompt", "error"}, which is tried again at the next
+        start.
+        """
         k = self.settings.samples_per_prompt
-        prompts_ids = [self.chat.encode_prompt(row["prompt"]) for row in prompts]
-        batch = sample(
-            self.policy,
-            prompts_ids,
-            k,
-            self.settings,
-            stop_ids=self.chat.stop_ids,
-            pad_id=self.tokenizer.pad_token_id,
-            seed=[seed for index in indices for seed in sample_seeds(self.seed, k, first=index * k)],
-            token_budget=self.settings.token_budget,
-        )
-        full = [[*prompts_ids[i // k], *ids] for i, ids in enumerate(batch.response_ids)]
-        raw = {
-            name: score_ids(model, full, self.settings.score_token_budget, k)
-            for name, model in self.reward_models.items()
-        }
-        is_safety = torch.tensor([bool(row["is_safety"]) for row in prompts]).repeat_interleave(k)
+        encoded = [
+            Prompt(row["prompt"], self.chat.encode_prompt(row["prompt"]), bool(row["is_safety"])) for row in prompts
+        ]
+        seeds = [seed for index in indices for seed in sample_seeds(self.seed, k, first=index * k)]
+        batch = self.engine.sample(encoded, k, self.settings, seeds)
+        sampled = [i for i in range(len(batch)) if i // k not in batch.errors]
+        full = [[*encoded[i // k].ids, *batch.response_ids[i]] for i in sampled]
+        raw: dict[str, torch.Tensor] = {}
+        for name, model in self.reward_models.items():
+            raw[name] = torch.full((len(batch),), torch.nan)
+            raw[name][sampled] = score_ids(model, full, self.settings.score_token_budget, k)
+        is_safety = torch.tensor([prompt.is_safety for prompt in encoded]).repeat_interleave(k)
         raw["combined"] = combined_reward(raw["safety"], raw["helpfulness"], is_safety, self.settings.safety_threshold)
-        rows = []
+        rows: list[Row] = []
         for p, (index, prompt) in enumerate(zip(indices, prompts, strict=True)):
+            if p in batch.errors:
+                rows.append({"index": index, "prompt": prompt["prompt"], "error": batch.errors[p]})
+                continue
             mine = slice(p * k, (p + 1) * k)
             texts = [self.chat.decode_response(ids) for ids in batch.response_ids[mine]]
             finished = [reason == "stop" for reason in batch.finish_reasons[mine]]
@@ -255,12 +260,13 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
     folder = RunFolder(run.output_dir, resolved, stage="rejection_sampling")
     tokenizer = load_tokenizer(model.model_name_or_path)
     worker = Worker(settings, model, run.seed, tokenizer, state.device)
-    room = prompt_room(worker.policy, settings.max_new_tokens, settings.max_prompt_tokens)
+    room = prompt_room(worker.engine, settings.max_new_tokens, settings.max_prompt_tokens)
     prompts = read_prompt_files(settings.prompt_files, worker.chat, room, folder.path, settings.max_reject_share)
     prompts = prompts[: settings.max_prompts or None]
     # What the selection does later does not change the responses: another min_score samples nothing again.
-    later = ("min_score", "keep_unfinished", "max_prompts", "max_reject_share", "max_failed_share", *RUN_ONLY)
+    later = ("min_score", "keep_unfinished", "max_prompts", "max_reject_share", *NOT_SAMPLED, *RUN_ONLY)
     content: Row = {name: value for name, value in resolved.items() if name not in later}
+    content["sampling_engine"] = settings.engine  # auto and server_url are one choice with server and server_url
     for name in ("model_name_or_path", "helpfulness_model_path", "safety_model_path"):
         content[f"{name} weights"] = weights_stamp(content[name])
     content["prompts"] = [[p["prompt"], p["is_safety"]] for p in prompts]

@@ -85,6 +85,21 @@ def unwrap(model: Any) -> Any:
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
+@torch.inference_mode()
+def teacher_forced_logprobs(
+    model: Any, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], token_budget: int = 8192
+) -> Tensor:
+    """log pi of each response token in nats, float32 [B, R] on the CPU, 0 at padding: plain forwards, no cache."""
+    causal = unwrap(model)
+    sequences = Sequences.build(prompts, responses, next(causal.parameters()).device)
+    parts: list[tuple[Tensor, Tensor]] = []
+    for rows_M in sequences.micro_batches(range(len(prompts)), token_budget):
+        hidden_ND, targets_N = sequences.hidden(getattr(causal, causal.base_model_prefix), rows_M)
+        logprobs_N, _ = token_logprobs(hidden_ND, causal.get_output_embeddings().weight, targets_N)
+        parts.append((rows_M, logprobs_N))
+    return sequences.scatter(parts).cpu()
+
+
 @dataclass
 class Roles:
     """What the loop needs of the five models. `reference` None: the policy without its adapter.

@@ -1,5 +1,6 @@
 """Collecting comparisons: different texts, two data sets, honest labels, and the way through people and back."""
 
+import dataclasses
 import json
 import random
 from pathlib import Path
@@ -10,8 +11,8 @@ from tiny_models import write_rows
 
 from configs.errors import UserError
 from configs.records import read_preferences
-from rlhf import collect_preferences
-from rlhf.collect_preferences import annotate_pairs
+from rlhf import collect_preferences, engines
+from rlhf.collect_preferences import Drawn, annotate_pairs
 from rlhf.labels import import_labels, safety_label
 from rlhf.simulation.people import draw_prompts
 
@@ -86,7 +87,7 @@ def test_equal_texts_are_drawn_again_then_left_out_and_counted(arguments, tmp_pa
     def pairs(self, prompts, indices, attempt):
         attempts.extend((index, attempt) for index in indices)
         same = {0: 99, 1: 1}
-        return [[("same" if attempt < same.get(i, 0) else f"text {side}", True, True) for side in (0, 1)]
+        return [[Drawn("same" if attempt < same.get(i, 0) else f"text {side}", True, True) for side in (0, 1)]
                 for i in indices]  # fmt: skip
 
     monkeypatch.setattr(collect_preferences.Worker, "_pairs", pairs)
@@ -95,15 +96,44 @@ def test_equal_texts_are_drawn_again_then_left_out_and_counted(arguments, tmp_pa
     assert (summary["pairs"], summary["skipped_identical"], summary["resampled"]) == (39, 1, 1)
 
 
+def test_a_comparison_that_an_engine_cannot_sample_is_kept_as_an_error(arguments, tmp_path, monkeypatch):
+    """An engine that is not in-process: each variant is asked apart, and a failure is not drawn again."""
+    asked = []
+    bad = [row["prompt"] for i, row in enumerate(draw_prompts(3, 40)) if i in (3, 18)]
+
+    class Other(engines.InProcess):
+        name = "other"
+
+        def sample(self, prompts, k, settings, seed=0, temperatures=None):
+            asked.append((len(prompts), settings.temperature))
+            batch = super().sample(prompts, k, settings, seed)
+            return dataclasses.replace(batch, errors={p: "late" for p, x in enumerate(prompts) if x.messages in bad})
+
+    real = collect_preferences.load_engine
+
+    def load(*positional):
+        engine = real(*positional)
+        return Other(engine.policy, engine.tokenizer, engine.stop_ids, engine.token_budget)
+
+    monkeypatch.setattr(collect_preferences, "load_engine", load)
+    with pytest.raises(UserError, match="2 of 40 prompts failed, all others are kept"):
+        run(arguments, tmp_path)
+    assert {temperature for _, temperature in asked} == {0.8, 1.1}
+    failed = [row for row in stored(tmp_path) if "error" in row]
+    assert [(row["index"], row["id"], row["error"]) for row in failed] == [(3, "3", "late"), (18, "18", "late")]
+    summary = run(arguments, tmp_path, max_failed_share="0.1")
+    assert (summary["failed"], summary["pairs"]) == (2, 38 - summary["skipped_identical"] - summary["skipped_unusable"])
+
+
 def test_each_draw_of_a_pair_has_its_own_seed(arguments, tmp_path, monkeypatch):
     seeds: list[int] = []
-    sample = collect_preferences.sample
+    sample = engines.sample
 
     def recorded(*positional, **named):
         seeds.extend(named["seed"])
         return sample(*positional, **named)
 
-    monkeypatch.setattr(collect_preferences, "sample", recorded)
+    monkeypatch.setattr(engines, "sample", recorded)
     monkeypatch.setattr(collect_preferences, "usable", lambda *_: False)
     with pytest.raises(UserError, match="no prompt gave two different responses .*'skipped_unusable': 40"):
         run(arguments, tmp_path, max_resamples="1")
