@@ -121,18 +121,19 @@ def reward_figure(curves: Sequence[Json], chosen: float) -> Figure:
             _n_axis(axis, len(curves[0]["best"]["combined"]["mean"]))
         temperatures = [run["temperature"] for run in curves]
         sizes = shown_sizes(len(curves[0]["best"]["combined"]["mean"]))
-        for colour, n in zip(_colours(len(sizes)), sizes, strict=True):
+        step = 0.06 * min(np.diff(temperatures), default=1.0)  # lines side by side: bars must not hide each other
+        for i, (colour, n) in enumerate(zip(_colours(len(sizes)), sizes, strict=True)):
+            shifted = np.array(temperatures) + (i - (len(sizes) - 1) / 2) * step
             points = [{key: values[n - 1] for key, values in run["best"]["combined"].items()} for run in curves]
             means = [point["mean"] for point in points]
             bars = [[p["mean"] - p["low"] for p in points], [p["high"] - p["mean"] for p in points]]
-            right.errorbar(temperatures, means, yerr=bars, color=colour, linewidth=1.3, capsize=2, label=f"n = {n}")
+            right.errorbar(shifted, means, yerr=bars, color=colour, linewidth=1.3, capsize=2, label=f"n = {n}")
             top = int(np.argmax(means))
-            right.plot(temperatures[top], means[top], marker="o", markersize=6, color=colour, linestyle="none")
+            right.plot(shifted[top], means[top], marker="o", markersize=6, color=colour, linestyle="none")
         right.set(title="The best temperature for each n (dot)", xlabel="temperature")
         right.set_xticks(temperatures, [f"{t:g}" for t in temperatures])
         right.margins(y=0.2)
         right.legend(loc="best", fontsize=8, ncols=2)
-        figure.draw_without_rendering()  # makes ticks and their labels while the style holds
     return figure
 
 
@@ -145,14 +146,18 @@ def cost_figure(curves: Sequence[Json], figures: Json) -> Figure:
             means = run["best"]["combined"]["mean"]
             each = figures["temperatures"][f"{run['temperature']:g}"]["tokens_per_response"]
             axis.plot(each * np.arange(1, len(means) + 1), means, color=colour, label=f"T = {run['temperature']:g}")
-            if run["temperature"] == advice["temperature"]:
-                k = advice["k"]
-                axis.plot(k * each, means[k - 1], marker="o", markersize=8, markerfacecolor="none", color=INK,
-                          linestyle="none", label=f"recommended, K = {k}")  # fmt: skip
+        k, each = advice["k"], figures["temperatures"][f"{advice['temperature']:g}"]["tokens_per_response"]
+        height = next(run["best"]["combined"]["mean"][k - 1] for run in curves
+                      if run["temperature"] == advice["temperature"])  # fmt: skip
+        axis.plot(k * each, height, marker="o", markersize=8, markerfacecolor="none", color=INK, linestyle="none",
+                  label=f"recommended: K = {k}")  # fmt: skip
         axis.set_xscale("log")
+        low, high = axis.get_xlim()
+        ticks = [digit * 10**power for power in range(9) for digit in (1, 2, 5) if low <= digit * 10**power <= high]
+        axis.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
+        axis.minorticks_off()
         axis.set(title="Reward against cost", xlabel="generated tokens a prompt (log scale)", ylabel=REWARD)
         axis.legend(loc="lower right", fontsize=8)
-        figure.draw_without_rendering()
     return figure
 
 
@@ -174,7 +179,6 @@ def gold_figure(curves: Sequence[Json]) -> Figure | None:
         _n_axis(left, len(curves[0]["best"]["gold"]["mean"]))
         left.set(title="True score of the best of n (dot: highest)", ylabel=GOLD)
         right.set(title="True score against reward as n grows", xlabel=f"expected maximum, {REWARD}", ylabel=GOLD)
-        figure.draw_without_rendering()
     return figure
 
 

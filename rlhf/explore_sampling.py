@@ -66,6 +66,10 @@ def main(args: list[str] | None = None) -> Json:
     state = PartialState(cpu=run.use_cpu)
     if settings.from_runs:
         loaded = load_runs(settings.from_runs)  # before the folder is touched
+        if (samples := loaded[0][0]["combined"].shape[1]) < settings.affordable_samples:
+            raise UserError(
+                f"affordable_samples is {settings.affordable_samples}, but the runs have {samples} samples a prompt"
+            )
         folder = RunFolder(output_dir, resolved, "explore_sampling")
     else:
         folder = RunFolder(output_dir, resolved, "explore_sampling")
@@ -73,10 +77,7 @@ def main(args: list[str] | None = None) -> Json:
         state.wait_for_everyone()  # until the main process has written the last scores.npz
         loaded = load_runs(cells)
 
-    samples = loaded[0][0]["combined"].shape[1]
-    affordable = settings.affordable_samples or samples
-    if affordable > samples:
-        raise UserError(f"affordable_samples is {affordable}, but the runs have {samples} samples a prompt")
+    affordable = settings.affordable_samples or loaded[0][0]["combined"].shape[1]
     runs = [explore(arrays, keep_unfinished) for arrays, keep_unfinished in loaded]
     figures, curves = analyse(runs, loaded[0][0]["is_safety"], affordable, settings.min_gain, run.seed)
     figures["from"] = settings.from_runs or [str(cell) for cell in cells]
