@@ -72,7 +72,13 @@ def test_the_documented_command_samples_analyses_and_reports(finished):
     assert json.loads((folder / "summary.json").read_text()) == summary
 
 
-def test_a_killed_exploration_goes_on_and_gives_the_same(arguments, finished, tmp_path, monkeypatch):
+@pytest.fixture
+def no_plots(monkeypatch):
+    """Drawing takes a second a time; the first test looks at the plots."""
+    monkeypatch.setattr(explore_sampling, "to_png", lambda *_: None)
+
+
+def test_a_killed_exploration_goes_on_and_gives_the_same(arguments, finished, tmp_path, monkeypatch, no_plots):
     calls = []
     rows = rejection_sampling.Worker.rows
 
@@ -101,7 +107,7 @@ def read(folder: Path, *runs: Path, **extra: str) -> dict:
     return explore_sampling.main(words({"from_runs": " ".join(map(str, runs)), "output_dir": str(folder)} | extra))
 
 
-def test_finished_runs_are_read_in_place_of_sampling(finished, tmp_path, monkeypatch):
+def test_finished_runs_are_read_in_place_of_sampling(finished, tmp_path, monkeypatch, no_plots):
     monkeypatch.setattr(rejection_sampling, "Worker", None)
     folder, summary = finished
     found = read(tmp_path, folder / "T-1.2", folder / "T-0.8")
@@ -122,7 +128,7 @@ def altered(source: Path, folder: Path, settings: dict | None = None, **arrays) 
     return folder
 
 
-def test_runs_that_cannot_be_compared_are_refused(finished, tmp_path):
+def test_runs_that_cannot_be_compared_are_refused(finished, tmp_path, no_plots):
     cold, hot = finished[0] / "T-0.8", finished[0] / "T-1.2"
     others = {
         "same": (altered(cold, tmp_path / "same", seed=np.zeros((9, 5), int)), "have the same temperature, 0.8"),
