@@ -113,6 +113,7 @@ def test_finished_runs_are_read_in_place_of_sampling(finished, tmp_path, monkeyp
     found = read(tmp_path, folder / "T-1.2", folder / "T-0.8")
     for name in ("temperatures", "recommendation", "kl_nats_bound"):
         assert found[name] == summary[name]
+    assert list(found["temperatures"]) == ["0.8", "1.2"], "by rising temperature, however they were named"
     assert found["from"] == [str(folder / "T-1.2"), str(folder / "T-0.8")]
     assert list(read(tmp_path / "one", folder / "T-1.2")["temperatures"]) == ["1.2"]
 
