@@ -91,8 +91,10 @@ def recommend(runs: Sequence[Explored], weights_DP: np.ndarray, affordable: int,
     2. K is the smallest from which on no doubling (each K with its own best temperature) gains more than `min_gain`
        standard deviations of the scores of one prompt. From which on: where good responses are rare, the first
        doublings may gain less than later ones.
-    3. Its temperature is recommended. Others are as good where the paired interval of the difference reaches 0; only
-       without any such is there a clear winner.
+    3. At that K, others cannot be told from the best temperature where the paired interval of the difference reaches
+       0; only without any such is there a clear winner. Recommended is the lowest of these whose mean is not further
+       behind than the threshold of 2: it costs no measurable reward, its responses are nearer to what the policy says,
+       and the reward models have seen more like them.
     """
     threshold = min_gain * float(np.mean([run.spread for run in runs]))
     sizes, steps = doublings(affordable), []
@@ -112,9 +114,11 @@ def recommend(runs: Sequence[Explored], weights_DP: np.ndarray, affordable: int,
             gap = runs[winner].best["combined"][:, k - 1] - run.best["combined"][:, k - 1]
             compared[f"{run.temperature:g}"] = one(estimate(gap[:, None], weights_DP))
     as_good = [name for name, gap in compared.items() if gap["low"] <= 0]
+    near = [float(name) for name in as_good if compared[name]["mean"] <= threshold]
     return {
         "k": k,
-        "temperature": runs[winner].temperature,
+        "temperature": min([runs[winner].temperature, *near]),
+        "highest": runs[winner].temperature,
         "enough": chosen < len(sizes) - 1,  # False: the last doubling still gained more, a larger K may be worth it
         "threshold": threshold,
         "doublings": steps,

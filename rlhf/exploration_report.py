@@ -76,9 +76,11 @@ def sentences(figures: Json) -> list[str]:
             "may be worth its cost."
         )
     if advice["as_good"]:
+        lower = advice["temperature"] < advice["highest"]
         lines.append(
-            f"No clear winner among the temperatures: at K = {k}, {' and '.join(advice['as_good'])} cannot be told "
-            f"from {t} (95 % intervals of the differences on the same prompts)."
+            f"No clear winner among the temperatures: at K = {k} the expected maximum is highest at "
+            f"{advice['highest']:g}, from which {' and '.join(advice['as_good'])} cannot be told (95 % intervals of "
+            f"the differences on the same prompts){'; recommended is the lower one' if lower else ''}."
         )
     elif advice["clear_winner"]:
         nearest = min(advice["behind_the_best"].items(), key=lambda item: item[1]["mean"])

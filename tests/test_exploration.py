@@ -133,7 +133,7 @@ def test_recommendation_by_hand():
     hot = fixed(1.2, [-1.0, 0.5, 1.0, 1.6, 1.6, 1.6, 1.6, 1.7], spread=3.0)
     weights = resample(50, seed=0)
     found = recommend([cold, hot], weights, affordable=8, min_gain=0.1)  # of a mean spread of 2: 0.2
-    assert (found["k"], found["temperature"], found["enough"]) == (4, 1.2, True)
+    assert (found["k"], found["temperature"], found["highest"], found["enough"]) == (4, 1.2, 1.2, True)
     assert found["threshold"] == pytest.approx(0.2)
     assert [step["gain"]["mean"] for step in found["doublings"]] == pytest.approx([1.0, 0.6, 0.1])
     assert found["best_temperature_by_k"] == {"1": 0.6, "2": 0.6, "4": 1.2, "8": 1.2}
@@ -156,12 +156,28 @@ def test_no_clear_winner_where_the_paired_interval_reaches_zero():
     base = explore(arrays(prompt + generator.normal(size=(200, 4)), 0.8), False)
     close = explore(arrays(prompt + generator.normal(size=(200, 4)), 1.0), False)
     worse = explore(arrays(prompt + generator.normal(size=(200, 4)) - 1, 1.2), False)
-    found = recommend([base, close, worse], resample(200, seed=0), affordable=4, min_gain=0.0)
+    found = recommend([base, close, worse], resample(200, seed=0), affordable=4, min_gain=0.2)
     assert len(found["as_good"]) == 1
-    assert found["as_good"][0] in ("0.8", "1")
+    assert {found["highest"], float(found["as_good"][0])} == {0.8, 1.0}
+    assert found["temperature"] == 0.8
     assert not found["clear_winner"]
     assert found["behind_the_best"]["1.2"]["low"] > 0
     assert recommend([base, worse], resample(200, seed=0), affordable=4, min_gain=0.0)["clear_winner"]
+
+
+def test_a_lower_temperature_is_recommended_only_where_it_is_as_good_and_not_far_behind():
+    """At K = 1, 30 prompts: behind the hot run by 0.05 or 0.5, give or take 2 a prompt or for sure; threshold 0.1."""
+    swing = np.tile([-1.0, 1.0], 15)[:, None]
+    weights = resample(30, seed=0)
+    for shift, scale, temperature, as_good in (
+        (-0.05, 2.0, 0.6, ["0.6"]),  # as good: the lower one
+        (-0.5, 2.0, 1.2, ["0.6"]),  # cannot be told apart, but too far behind to be called as good
+        (-0.5, 0.0, 1.2, []),
+        (-0.05, 0.0, 1.2, []),  # surely behind, if little
+    ):
+        cold = Explored(0.6, {"combined": shift + scale * swing}, {}, 1.0, {})
+        found = recommend([cold, fixed(1.2, [0.0], prompts=30)], weights, affordable=1, min_gain=0.1)
+        assert (found["temperature"], found["as_good"]) == (temperature, as_good)
 
 
 def test_over_optimisation_by_hand():
