@@ -100,6 +100,11 @@ def sentences(figures: Json) -> list[str]:
             f"True score at that temperature: highest at n = {peak['n']} of {samples}; from there to n = {samples} it "
             f"loses {_estimate(peak['loss_to_all'])}: {found}."
         )
+        top, there = max(figures["temperatures"].items(), key=lambda item: item[1]["gold_peak"]["gold"]["mean"])
+        lines.append(
+            f"Highest true score of all: {there['gold_peak']['gold']['mean']:.3f}, at temperature {top} and "
+            f"n = {there['gold_peak']['n']}; as recommended: {run['best']['gold'][str(k)]['mean']:.3f}."
+        )
     return lines
 
 

@@ -232,6 +232,9 @@ def test_report_and_plots():
     advice = figures["recommendation"]
     assert f"K = {advice['k']} at temperature 0.8" in words
     assert "The next best temperature, 1.2, is behind by" in words
+    peaks = {t: run["gold_peak"] for t, run in figures["temperatures"].items()}
+    top = max(peaks, key=lambda t: peaks[t]["gold"]["mean"])
+    assert f"at temperature {top} and n = {peaks[top]['n']}; as recommended: " in words
     made = exploration_report.tables(figures)
     assert [table.title for table in made] == [
         "Expected maximum reward", "What a response costs, and what it is", "True score (gold)"]  # fmt: skip
