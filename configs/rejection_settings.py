@@ -1,5 +1,6 @@
 """Settings of `rlhf/rejection_sampling.py`."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -50,5 +51,7 @@ class RejectionSettings(EngineSettings, SamplingSettings):
             raise UserError(f"max_reject_share must be in [0, 1), not {self.max_reject_share}")
         if not 0.0 < self.safety_threshold < 1.0:
             raise UserError(f"safety_threshold is a probability in (0, 1), not {self.safety_threshold}")
+        if self.min_score is not None and not math.isfinite(self.min_score):
+            raise UserError(f"min_score must be a number or none, not {self.min_score}")
         if self.temperature == 0.0 and self.samples_per_prompt > 1:
             raise UserError("temperature: greedy sampling gives K equal responses; use a temperature above 0")

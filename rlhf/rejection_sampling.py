@@ -9,10 +9,12 @@ What differs from the paper, or fills what it leaves open:
 3. A response that was cut at max_new_tokens, is empty, or could not stand in a dialogue is scored but not kept.
 4. Rows are marked `train_on: last`: the reply that was picked is trained, not the earlier ones of its prompt, which
    nobody has scored and which may be of the kind that the stage is to unlearn.
-5. For every kept prompt the median of the K and a random one are written beside the best, as controls of equal size.
+5. For every kept prompt the median of the K, the worst and a random one are written beside the best, as controls of
+   equal size. Ties go to the earlier response; what duplicates count is in rlhf/selection.py.
 
-Writes best.jsonl, median.jsonl and random.jsonl (dialogues for rlhf/sft.py), scores.npz (all scores, prompts x K), and
-shards/ with every response. Killed and started again it continues; several processes share the prompts.
+Writes best.jsonl, median.jsonl, random.jsonl and worst.jsonl (dialogues for rlhf/sft.py), scores.npz (all that is known
+of each of the prompts x K responses but its text), and shards/ with every response. Killed and started again it
+continues; several processes share the prompts.
 """
 
 import sys
@@ -22,6 +24,7 @@ if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # launched by path, Python puts rlhf/ first
 
 import random
+import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
@@ -47,12 +50,12 @@ from rlhf.models import load_tokenizer, resolve_dtype
 from rlhf.run import RunFolder
 from rlhf.sampler import prompt_room
 from rlhf.samples import Prompt
-from rlhf.selection import Picks, best_of_n_curve, best_of_n_kl, pick
+from rlhf.score_files import SCORES, write_scores
+from rlhf.selection import Picks, best_of_n_curve, best_of_n_kl, check_finite, duplicate_of, pick
 from rlhf.shards import read_shards, run_shards, shard_folder, weights_stamp, without_failed
 
 Row = dict[str, Any]
 RUN_ONLY = ("output_dir", "report_to", "logging_steps", "resume", "use_cpu")
-SCORES = ("combined", "helpfulness", "safety")  # the rewards, raw scores; gold scores stand beside them where there are
 
 
 def read_prompt_files(
@@ -114,6 +117,7 @@ class Worker:
         A prompt that the engine could not sample becomes {"index", "prompt", "error"}, which is tried again at the next
         start.
         """
+        started = time.perf_counter()
         k = self.settings.samples_per_prompt
         encoded = [
             Prompt(row["prompt"], self.chat.encode_prompt(row["prompt"]), bool(row["is_safety"])) for row in prompts
@@ -128,6 +132,7 @@ class Worker:
             raw[name][sampled] = score_ids(model, full, self.settings.score_token_budget, k)
         is_safety = torch.tensor([prompt.is_safety for prompt in encoded]).repeat_interleave(k)
         raw["combined"] = combined_reward(raw["safety"], raw["helpfulness"], is_safety, self.settings.safety_threshold)
+        seconds = round((time.perf_counter() - started) / len(prompts), 4)  # the batch's, shared out
         rows: list[Row] = []
         for p, (index, prompt) in enumerate(zip(indices, prompts, strict=True)):
             if p in batch.errors:
@@ -136,6 +141,8 @@ class Worker:
             mine = slice(p * k, (p + 1) * k)
             texts = [self.chat.decode_response(ids) for ids in batch.response_ids[mine]]
             finished = [reason == "stop" for reason in batch.finish_reasons[mine]]
+            scores = {name: raw[name][mine].tolist() for name in SCORES}
+            check_finite(scores, index)
             rows.append(
                 {
                     "index": index,
@@ -146,7 +153,9 @@ class Worker:
                     "finished": finished,
                     "usable": [usable(self.chat, prompt["prompt"], text) for text in texts],
                     "seeds": batch.seeds[mine],
-                    **{name: raw[name][mine].tolist() for name in SCORES},
+                    "temperature": self.settings.temperature,
+                    "seconds": seconds,
+                    **scores,
                     **(gold_scores(prompt["prompt"], texts) if self.settings.gold == "simulated" else {}),
                 }
             )
@@ -163,17 +172,17 @@ def select(
 ) -> tuple[dict[str, list[int | None]], dict[str, int]]:
     """For best, median, random and worst: the index of the picked response of each row, None where the row is left out.
 
-    Also counts: prompts, kept, no_eligible, below_min_score, and of all responses the duplicates (of an earlier
-    response to the same prompt), unfinished and unusable ones.
+    Also counts: prompts, kept, no_eligible, below_min_score, no_choice (kept, but all that could be kept was one text,
+    so selection chose nothing), and of all responses the duplicates (of an earlier response to the same prompt),
+    unfinished and unusable ones.
     """
     picks: dict[str, list[int | None]] = {name: [] for name in ("best", "median", "random", "worst")}
-    counts = dict.fromkeys(
-        ("prompts", "kept", "no_eligible", "below_min_score", "responses", "duplicates", "unfinished", "unusable"), 0
-    )
+    names = ("prompts", "kept", "no_eligible", "below_min_score", "no_choice", "responses", "duplicates", "unfinished")
+    counts = dict.fromkeys((*names, "unusable"), 0)
     for row in rows:
         counts["prompts"] += 1
         counts["responses"] += len(row["responses"])
-        counts["duplicates"] += len(row["responses"]) - len(set(row["responses"]))
+        counts["duplicates"] += sum(i >= 0 for i in duplicate_of(row["responses"]))
         counts["unfinished"] += row["finished"].count(False)
         counts["unusable"] += row["usable"].count(False)
         picked: Picks | None = pick(row["combined"], eligible(row, settings.keep_unfinished))
@@ -187,6 +196,7 @@ def select(
                 column.append(None)
             continue
         counts["kept"] += 1
+        counts["no_choice"] += len({row["responses"][i] for i in picked.eligible}) == 1
         chance = random.Random(f"{seed}/{row['index']}")  # by prompt: the same pick however the work was divided
         chosen = {"best": picked.best, "median": picked.median, "worst": picked.worst}
         for name, column in picks.items():
@@ -228,8 +238,8 @@ def _mean(values: list[float]) -> float | None:
 
 
 def write_outputs(folder: Path, rows: list[Row], picks: dict[str, list[int | None]]) -> None:
-    """The dialogues of the best, median and random picks, and the score matrices."""
-    for kind in ("best", "median", "random"):
+    """The dialogues of each kind of pick, and scores.npz."""
+    for kind, column in picks.items():
         write_jsonl(
             folder / f"{kind}.jsonl",
             [
@@ -238,16 +248,11 @@ def write_outputs(folder: Path, rows: list[Row], picks: dict[str, list[int | Non
                     "train_on": "last",
                     "source": f"rejection_sampling/{kind}",
                 }
-                for row, i in zip(rows, picks[kind], strict=True)
+                for row, i in zip(rows, column, strict=True)
                 if i is not None
             ],
         )
-    names = [name for name in (*SCORES, "gold_helpfulness", "gold_safety", "finished", "usable") if name in rows[0]]
-    matrices = {name: np.array([row[name] for row in rows]) for name in names}
-    chosen = np.array([-1 if i is None else i for i in picks["best"]])
-    temporary = folder / "scores.tmp.npz"
-    np.savez_compressed(temporary, best=chosen, **matrices)  # plain arrays: numpy.load reads them without pickle
-    temporary.replace(folder / "scores.npz")
+    write_scores(folder, rows, picks)
 
 
 def main(args: list[str] | None = None) -> dict[str, Any]:

@@ -128,7 +128,15 @@ def test_llama2_has_a_config_for_every_stage():
     assert stages == sorted(
         ["sft"] * 3  # supervised, on the best of K, on Ghost Attention dialogues
         + ["train_reward"] * 2
-        + ["collect_preferences", "rejection_sampling", "ppo", "build_gatt", "evaluate_gatt", "evaluate_policy"]
+        + [
+            "collect_preferences",
+            "explore_sampling",
+            "rejection_sampling",
+            "ppo",
+            "build_gatt",
+            "evaluate_gatt",
+            "evaluate_policy",
+        ]
     )
 
 
@@ -158,6 +166,8 @@ PAPER = {  # §2.2 (AdamW), §3.1, §3.2.2, §3.2.3, §3.3
             "clip_range": 0.2, "safety_threshold": 0.15, "temperature": 1.0, "reference_model": "start",
             "use_peft": True, **ADAMW},
     "rejection_sampling": {"safety_threshold": 0.15},
+    "explore_sampling": {"temperatures": [0.6, 0.8, 0.9, 1.0, 1.1, 1.2, 1.3, 1.4, 1.5], "samples_per_prompt": 100,
+                         "safety_threshold": 0.15},
     "collect_preferences": {"annotator": "none"},
     "build_gatt": {"short_share": 0.5},
     "evaluate_gatt": {"num_turns": 20},

@@ -22,6 +22,7 @@ from rlhf import rejection_sampling, shards
 from rlhf.draw import sample_seeds
 from rlhf.models import load_tokenizer
 from rlhf.rejection_sampling import select, summarise
+from rlhf.score_files import read_scores
 from rlhf.simulation.people import draw_prompts
 
 K = 4
@@ -106,7 +107,7 @@ def test_best_is_the_first_maximum_of_scores_recomputed_from_the_stored_ids(argu
 
 def test_outputs_are_dialogues_and_arrays_of_equal_size(finished):
     folder, summary = finished
-    sizes = {len(read_dialogues(folder / f"{kind}.jsonl").rows) for kind in ("best", "median", "random")}
+    sizes = {len(read_dialogues(folder / f"{kind}.jsonl").rows) for kind in ("best", "median", "random", "worst")}
     assert sizes == {summary["kept"]}
     scores = np.load(folder / "scores.npz", allow_pickle=False)
     assert scores["combined"].shape == scores["finished"].shape == (10, K)
@@ -141,7 +142,7 @@ def test_selection_and_summary_by_hand():
     assert picks["median"] == [2, 1, None, None]
     assert picks["worst"] == [0, 1, None, None]
     assert picks["random"][1] in (1, 2)
-    assert counts == {"prompts": 4, "kept": 2, "no_eligible": 1, "below_min_score": 1, "responses": 16,
+    assert counts == {"prompts": 4, "kept": 2, "no_eligible": 1, "below_min_score": 1, "no_choice": 0, "responses": 16,
                       "duplicates": 1, "unfinished": 5, "unusable": 1}  # fmt: skip
     summary = summarise(rows, picks, settings)
     assert summary["best"]["combined"] == 4.5  # (5 + 4) / 2
@@ -150,6 +151,72 @@ def test_selection_and_summary_by_hand():
     kept_all, counts = select(rows, chosen_by(keep_unfinished=True), seed=0)
     assert kept_all["best"] == [1, 0, 2, 0]
     assert counts["kept"] == 4
+
+
+def test_a_text_drawn_often_weighs_as_often_in_the_median_and_the_random_pick():
+    """Eight responses, "a" six times: best "b", worst "c", median and most random picks "a"; one text is no choice."""
+    rows = [fake_row(i, [1.0, 1.0, 3.0, 1.0, 1.0, 0.0, 1.0, 1.0], responses=list("aabaacaa")) for i in range(200)]
+    rows.append(fake_row(200, [1.0, 1.0, 5.0], responses=["x", "x", "y"], usable=[True, True, False]))
+    picks, counts = select(rows, chosen_by(), seed=0)
+    texts = {kind: [rows[p]["responses"][i] for p, i in enumerate(column)] for kind, column in picks.items()}
+    assert {kind: set(texts[kind][:200]) for kind in ("best", "median", "worst")} == {
+        "best": {"b"}, "median": {"a"}, "worst": {"c"}}  # fmt: skip
+    share = texts["random"][:200].count("a") / 200
+    assert abs(share - 6 / 8) < 0.1  # three standard errors; a third if each text counted once
+    assert picks["best"][200] == 0
+    assert (counts["duplicates"], counts["no_choice"]) == (200 * 5 + 1, 1)
+
+
+def test_scores_npz_holds_what_the_shards_hold(finished):
+    folder, _ = finished
+    arrays, rows = read_scores(folder), stored(folder)
+    for name in ("combined", "helpfulness", "safety", "finished", "usable"):
+        np.testing.assert_array_equal(arrays[name], [row[name] for row in rows])
+    np.testing.assert_array_equal(arrays["seed"], [row["seeds"] for row in rows])
+    np.testing.assert_array_equal(arrays["tokens"], [[len(ids) for ids in row["response_ids"]] for row in rows])
+    np.testing.assert_array_equal(arrays["is_safety"], [row["is_safety"] for row in rows])
+    assert len(set(arrays["prompt_id"].tolist())) == 10
+    assert arrays["temperature"].tolist() == [1.2]
+    assert (arrays["seconds"] > 0).all()
+    for kind in ("best", "median", "random", "worst"):
+        kept = [rows[p]["responses"][i] for p, i in enumerate(arrays[kind]) if i >= 0]
+        assert [row["messages"][-1]["content"] for row in rows_of(folder / f"{kind}.jsonl")] == kept
+    for p, row in enumerate(rows):
+        for i, j in enumerate(arrays["duplicate_of"][p]):
+            assert (j >= 0) == (row["responses"][i] in row["responses"][:i])
+            assert j < 0 or row["responses"][i] == row["responses"][j]
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda path, arrays: path.unlink(), "no such file"),
+        (lambda path, arrays: path.write_bytes(path.read_bytes()[:200]), "is damaged"),
+        (lambda path, arrays: np.savez(path, combined=arrays["combined"]), "lacks helpfulness"),
+        (lambda path, arrays: np.savez(path, **arrays | {"seconds": np.zeros(3)}), r"seconds has the shape \(3,\)"),
+        (lambda path, arrays: np.savez(path, **arrays | {"safety": np.full((10, K), np.nan)}), "safety holds a value"),
+        (lambda path, arrays: np.savez(path, **arrays | {"tokens": np.full((10, K), None)}), "is damaged"),  # pickled
+    ],
+)
+def test_a_bad_score_file_is_refused_by_name(finished, tmp_path, damage, message):
+    path = tmp_path / "scores.npz"
+    path.write_bytes((finished[0] / "scores.npz").read_bytes())
+    damage(path, read_scores(tmp_path))
+    with pytest.raises(UserError, match=f"scores.npz.*{message}"):
+        read_scores(tmp_path)
+
+
+def test_a_score_that_is_no_number_stops_the_run_and_names_the_prompt(arguments, tmp_path, monkeypatch):
+    score_ids = rejection_sampling.score_ids
+
+    def broken(model, full, *rest):
+        scores = score_ids(model, full, *rest).clone()
+        scores[-2] = torch.nan  # of the last prompt of each batch, 4 responses a prompt: response 2
+        return scores
+
+    monkeypatch.setattr(rejection_sampling, "score_ids", broken)
+    with pytest.raises(UserError, match="prompt 3: the combined score of response 2 is nan"):
+        run(arguments, tmp_path)
 
 
 def test_a_killed_run_continues_and_gives_the_same(arguments, finished, tmp_path, monkeypatch):
@@ -169,7 +236,7 @@ def test_a_killed_run_continues_and_gives_the_same(arguments, finished, tmp_path
     run(arguments, tmp_path)
     assert calls == [0, 4, 8, 8], "finished shards must not be sampled again"
     folder = finished[0]
-    for name in ("best.jsonl", "median.jsonl", "random.jsonl"):
+    for name in ("best.jsonl", "median.jsonl", "random.jsonl", "worst.jsonl"):
         assert (tmp_path / name).read_text() == (folder / name).read_text()
     run(arguments, tmp_path)
     assert len(calls) == 4, "a complete run returns its summary"
@@ -262,6 +329,7 @@ def test_gold_scores_stand_beside_the_rewards(arguments, tmp_path):
         ("temperature", "0", "temperature"),
         ("safety_threshold", "1.5", "safety_threshold"),
         ("max_failed_share", "1", "max_failed_share"),
+        ("min_score", "nan", "min_score must be a number"),
         ("max_new_tokens", "600", "max_new_tokens 600 leaves no room"),
         ("max_new_tokens", "490", "prompt too long"),
     ],
