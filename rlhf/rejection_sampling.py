@@ -221,8 +221,8 @@ def _mean(values: list[float]) -> float | None:
     return round(sum(values) / len(values), 5) if values else None
 
 
-def write_outputs(folder: Path, rows: list[Row], picks: dict[str, list[int | None]]) -> None:
-    """The dialogues of the best, median and random picks, and the score matrices."""
+def write_outputs(folder: Path, rows: list[Row], picks: dict[str, list[int | None]], prompts: list[Row]) -> None:
+    """The dialogues of the best, median and random picks, with what rlhf/pool_samples.py asks, and the scores."""
     for kind in ("best", "median", "random"):
         write_jsonl(
             folder / f"{kind}.jsonl",
@@ -231,6 +231,9 @@ def write_outputs(folder: Path, rows: list[Row], picks: dict[str, list[int | Non
                     "messages": [*row["prompt"], {"role": "assistant", "content": row["responses"][i]}],
                     "train_on": "last",
                     "source": f"rejection_sampling/{kind}",
+                    "score": round(row["combined"][i], 5),
+                    "is_safety": row["is_safety"],
+                    "prompt_source": prompts[row["index"]]["source"],
                 }
                 for row, i in zip(rows, picks[kind], strict=True)
                 if i is not None
@@ -279,7 +282,7 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
     picks, counts = select(rows, settings, run.seed)
     summary = {**counts, "samples_per_prompt": settings.samples_per_prompt, **summarise(rows, picks, settings)}
     if state.is_main_process:
-        write_outputs(folder.path, rows, picks)
+        write_outputs(folder.path, rows, picks, prompts)
         for n, score in zip(summary["best_of_n"]["n"], summary["best_of_n"]["combined"], strict=True):
             folder.log(n, {"best_of_n/combined": score})
         folder.samples(0, [_shown(row, picks, p) for p, row in enumerate(rows[:8])])
