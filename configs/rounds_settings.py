@@ -89,7 +89,7 @@ class RoundsSettings:
 
     def block(self, name: str, number: int) -> Block:
         """The fields of a block in round `number` (from 1)."""
-        own = next((blocks for key, blocks in self.by_round.items() if int(key) == number), {})
+        own: dict[str, Block] = next((blocks for key, blocks in self.by_round.items() if int(key) == number), {})
         return getattr(self, name) | own.get(name, {})
 
 

@@ -11,7 +11,7 @@ base model on the pool, and evaluates; a smaller model, the student, can be fine
 2. Every round starts from `base_model_path`, as the paper's versions do, not from the policy before it.
 3. Each step is a stage as in rlhf/pipeline.py: a run folder `<output_dir>/v<round>/<stage>/`, not run again once
    complete, continued where it was killed. A changed setting runs its stage and all that is made from it again.
-   Samplers draw with another seed in each round; training and evaluation keep theirs, so that rounds differ by their data.
+   Samplers draw with another seed in each round; training and evaluation keep theirs: rounds differ by their data.
 4. Where people label (`annotator: none`), the run stops at each round's comparisons and says which file it waits for.
 
 Start it as one process: it runs one stage after another, or several at once (`parallel_stages`, CPU).

@@ -95,7 +95,7 @@ def _figure(values: Mapping[int, float], past: Mapping[int, float]) -> Row:
 
 
 def build(output_dir: Path, rounds: int) -> Row:
-    """{"rounds": [...], "students": [...]} of what is evaluated so far: "round", "pool", "pool_by_round" and `compare`."""
+    """{"rounds": [...], "students": [...]} of what is evaluated so far: "round", "pool", "pool_by_round", `compare`."""
     found: Row = {"rounds": [], "students": []}
     for kind, name in (("rounds", "evaluate_policy"), ("students", "student_evaluate_policy")):
         before = None
