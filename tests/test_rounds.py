@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from test_docs import launch
 from tiny_models import save_tiny_policy, save_tiny_reward_model, write_rows
 from transformers import LlamaForCausalLM
 
@@ -206,6 +207,26 @@ def test_people_are_waited_for(tiny, tmp_path, capsys):
     assert json.loads((out / "v1/pairs/summary.json").read_text())["helpfulness"] > 0
     assert settings_of(tmp_path, "v1/rejection_sampling")["safety_model_path"] == f"{out}/v1/reward_safety/model"
     assert json.loads((out / "summary.json").read_text())["rounds"][-1]["round"] == 1
+
+
+@pytest.mark.slow
+def test_the_command_of_the_readme_with_reward_models_trained_anew(tiny, tmp_path):
+    collect = {"prompt_files": [write_rows(tmp_path / "compare.jsonl", draw_prompts(5, 200))], "max_new_tokens": 8,
+               "annotator": "simulated", "test_fraction": 0.3, "use_cpu": True}  # fmt: skip
+    reward = {"max_steps": 1, "per_device_train_batch_size": 2, "use_cpu": True}
+    args = config(tmp_path, tiny, retrain_from_round=2, collect_preferences=collect, reward_helpfulness=reward,
+                  reward_safety=reward)  # fmt: skip
+    done = launch("rlhf/rounds.py", *args, "--parallel_stages", "2", folder=tmp_path, timeout=240)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+    out = tmp_path / "out"
+    assert settings_of(tmp_path, "v2/pool_samples")["safety_model_path"] == f"{out}/v2/reward_safety/model"
+    summary = json.loads((out / "summary.json").read_text())
+    assert "change" in summary["rounds"][1]["figures"]["reward_combined"]
+    assert "change" not in summary["rounds"][2]["figures"]["reward_combined"]  # other reward models
+    again = launch("rlhf/rounds.py", *args, "--pool", "neither", folder=tmp_path, timeout=60)
+    assert again.returncode == 2
+    assert "--pool" in again.stderr
+    assert "Traceback" not in again.stderr
 
 
 @pytest.mark.parametrize(
