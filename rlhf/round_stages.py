@@ -130,15 +130,13 @@ def _one_round(settings: RoundsSettings, number: int, student_path: str, state: 
     state.policy_stage = add("sft", "sft", [pooled], own, block("sft"), settings.parallel_stages)
     state.policy = f"{folder}/sft/model"
     own = {"model_name_or_path": state.policy, "sft_model_path": settings.policy_path} | models
-    needs = [state.policy_stage, *state.model_stages]
-    add("evaluate_policy", "evaluate_policy", needs, own, block("evaluate_policy"))
+    add("evaluate_policy", "evaluate_policy", [state.policy_stage], own, block("evaluate_policy"))
     if student_path:
         own = {"model_name_or_path": student_path, "train_files": ["${pool}"]} | block("sft")
         _needs_pool(own | block("student_sft"), "student_sft")
         student = add("student_sft", "sft", [pooled], own, block("student_sft"), settings.parallel_stages)
         own = {"model_name_or_path": f"{folder}/student_sft/model", "sft_model_path": settings.policy_path} | models
-        needs = [student, *state.model_stages]
-        add("student_evaluate_policy", "evaluate_policy", needs, own, block("evaluate_policy"))
+        add("student_evaluate_policy", "evaluate_policy", [student], own, block("evaluate_policy"))
     return rows
 
 
