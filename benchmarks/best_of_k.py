@@ -90,9 +90,7 @@ def real_prompts(count: int, model: str, longest: int) -> tuple[list[list[int]],
     """HH-RLHF prompts in the ids of the tokenizer of `model`, with its stop ids and padding id."""
     tokenizer = load_tokenizer(model)
     chat = load_chat_format(tokenizer)
-    rows = [
-        row for name in SETS for row in read_preferences(KIT / f"hh-{name}-train.jsonl.gz", chat_format=chat).rows
-    ]
+    rows = [row for name in SETS for row in read_preferences(KIT / f"hh-{name}-train.jsonl.gz", chat_format=chat).rows]
     order = np.random.default_rng(0).permutation(len(rows))
     prompts = (chat.encode_prompt(rows[i]["prompt"]) for i in order)
     chosen = [ids for ids in prompts if len(ids) <= longest][:count]
@@ -181,9 +179,7 @@ def load_task(arguments: argparse.Namespace, model: str) -> Task:
     else:
         prompts, stop_ids, pad_id = real_prompts(arguments.prompts, model, arguments.longest_prompt)
         data = "hh-rlhf"
-    return Task(
-        network, prompts, arguments.k, stop_ids, pad_id, arguments.max_new_tokens, arguments.token_budget, data
-    )
+    return Task(network, prompts, arguments.k, stop_ids, pad_id, arguments.max_new_tokens, arguments.token_budget, data)
 
 
 def fastest_batch(task: Task) -> int:
@@ -232,7 +228,9 @@ def main(arguments: argparse.Namespace) -> None:
     rate = {side: median(found) for side, found in rates.items()}
     print("| side | useful tokens/s | tokens computed: prompt | response | peak memory, MiB |\n|---|---|---|---|---|")
     for side in sides:
-        print(f"| {side} | {rate[side]:.0f} | {fed[f'{side}_prompt']} | {fed[f'{side}_response']} | {memory[side]:.0f} |")
+        print(
+            f"| {side} | {rate[side]:.0f} | {fed[f'{side}_prompt']} | {fed[f'{side}_response']} | {memory[side]:.0f} |"
+        )
     print(json.dumps({
         "ratio": rate["ours"] / rate["peer"], "tokens_per_second": rate, "rounds": rates,
         "prediction": (fed["peer_prompt"] + fed["peer_response"]) / (fed["ours_prompt"] + fed["ours_response"]),
