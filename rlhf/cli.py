@@ -11,6 +11,7 @@ import sys
 import types
 import typing
 from collections.abc import Callable, Iterable
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,12 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # trl's trainers send us
 import yaml
 
 from configs.errors import UserError
+
+_check_only: ContextVar[bool] = ContextVar("_check_only", default=False)
+
+
+class _Parsed(Exception):
+    """Ends a main after its command line was read."""
 
 
 def parse(*dataclass_types: type, args: list[str] | None = None) -> tuple[Any, ...]:
@@ -47,9 +54,23 @@ def parse(*dataclass_types: type, args: list[str] | None = None) -> tuple[Any, .
     parser = _make_parser(TrlParser, dataclass_types)
     parser.set_defaults_with_config(**config)
     try:
-        return parser.parse_args_into_dataclasses(args=words, look_for_args_file=False)
+        parsed = parser.parse_args_into_dataclasses(args=words, look_for_args_file=False)
     except (ValueError, TypeError) as error:
         raise UserError(str(error)) from error
+    if _check_only.get():
+        raise _Parsed
+    return parsed
+
+
+def check(main: Callable[[list[str]], Any], args: list[str]) -> None:
+    """Read a command line as `main` would, and no more: raises what `parse`, every main's first step, raises."""
+    token = _check_only.set(True)
+    try:
+        main(args)
+    except _Parsed:
+        pass
+    finally:
+        _check_only.reset(token)
 
 
 def entry(main: Callable[[], Any]) -> None:

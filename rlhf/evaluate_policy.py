@@ -98,6 +98,12 @@ def _figure(summary: dict[str, Any], name: str, values: list[float], share: bool
     summary["ci95"][name] = [round(x, 4) for x in interval]
 
 
+def _share_out(rows: list[dict[str, Any]], name: str, values: Sequence[Any], k: int) -> None:
+    """Gives each row its k of the values, which are in the order of the rows."""
+    for i, row in enumerate(rows):
+        row[name] = list(values[i * k : (i + 1) * k])
+
+
 def evaluate(settings: EvaluateSettings, run: RunFolder) -> dict[str, Any]:
     """Samples, scores and writes; returns the summary."""
     device = "cuda" if torch.cuda.is_available() and not settings.use_cpu else "cpu"
@@ -118,7 +124,8 @@ def evaluate(settings: EvaluateSettings, run: RunFolder) -> dict[str, Any]:
     reward_models = {name: load_reward(path) for name, path in paths.items() if path}
     summary: dict[str, Any] = {"prompts": len(records), "ci95": {}}
     rows: list[dict[str, Any]] = [
-        {"prompt": r["prompt"], "is_safety": r["is_safety"], "kind": r.get("kind")} for r in records
+        {"prompt": r["prompt"], "is_safety": r["is_safety"], "kind": r.get("kind"), "source": r["source"]}
+        for r in records
     ]
     decodings = {"sampled": (1.0, settings.samples_per_prompt), "greedy": (0.0, 1)}
     for decoding, (temperature, k) in decodings.items():
@@ -127,8 +134,8 @@ def evaluate(settings: EvaluateSettings, run: RunFolder) -> dict[str, Any]:
         texts = [chat.decode_response(ids) for ids in responses]
         repeated = [record for record in records for _ in range(k)]
         suffix = "" if decoding == "sampled" else "_greedy"
-        for i, row in enumerate(rows):
-            row[f"responses{suffix}"] = texts[i * k : (i + 1) * k]
+        _share_out(rows, f"responses{suffix}", texts, k)
+        _share_out(rows, f"response_tokens{suffix}", [len(ids) for ids in responses], k)
         _figure(summary, f"response_tokens{suffix}", [float(len(ids)) for ids in responses])
         summary[f"finished{suffix}"] = round(sum(reason == "stop" for reason in reasons) / len(reasons), 4)
         if settings.gold == "simulated":
@@ -136,27 +143,24 @@ def evaluate(settings: EvaluateSettings, run: RunFolder) -> dict[str, Any]:
             for name, share in (("helpfulness", False), ("safety", False), ("unsafe", True), ("false_refusal", True)):
                 label = f"{name}_rate" if share else f"gold_{name}"
                 _figure(summary, label + suffix, gold[name], share)
-            values = iter(gold["helpfulness"])
-            for row in rows:
-                if not row["is_safety"]:
-                    row[f"gold_helpfulness{suffix}"] = [next(values) for _ in range(k)]
+            for name, risky in (("helpfulness", False), ("safety", True)):
+                mine = [row for row in rows if bool(row["is_safety"]) == risky]
+                _share_out(mine, f"gold_{name}{suffix}", gold[name], k)
         raw: dict[str, Tensor] = {}
         for name, reward_model in reward_models.items():
             raw[name] = score_ids(reward_model, [[*p, *r] for p, r in zip(prompts, responses, strict=True)], k=k)
             _figure(summary, f"reward_{name}{suffix}", raw[name].tolist())
-            for i, row in enumerate(rows):
-                row[f"reward_{name}{suffix}"] = [round(x, 4) for x in raw[name][i * k : (i + 1) * k].tolist()]
+            _share_out(rows, f"reward_{name}{suffix}", [round(x, 4) for x in raw[name].tolist()], k)
         if len(raw) == 2:
             is_safety = torch.tensor([record["is_safety"] for record in repeated])
-            _figure(
-                summary,
-                f"reward_combined{suffix}",
-                combined_reward(raw["safety"], raw["helpfulness"], is_safety).tolist(),
-            )
+            combined = combined_reward(raw["safety"], raw["helpfulness"], is_safety).tolist()
+            _figure(summary, f"reward_combined{suffix}", combined)
+            _share_out(rows, f"reward_combined{suffix}", [round(x, 4) for x in combined], k)
         if settings.sft_model_path and decoding == "sampled":
             reference = load(settings.sft_model_path)
             kl = response_logprobs(policy, prompts, responses) - response_logprobs(reference, prompts, responses)
             _figure(summary, "kl_nats", kl.tolist())
+            _share_out(rows, "kl_nats", [round(x, 4) for x in kl.tolist()], k)
     write_jsonl(Path(settings.output_dir) / "responses.jsonl", rows)
     run.samples(0, rows[:8])
     return summary

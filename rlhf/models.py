@@ -147,13 +147,11 @@ def save_first_layers(path: str, layers: int, folder: str | Path) -> Path:
         return folder
     started = folder.with_name(f"{folder.name}.part")
     shutil.rmtree(started, ignore_errors=True)
-    config = AutoConfig.from_pretrained(path)
     before = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()  # the upper layers' weights are left out on purpose
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            path, dtype="auto", use_safetensors=True, **first_layers(config, layers)
-        )
+        fields = first_layers(AutoConfig.from_pretrained(path), layers)
+        model = AutoModelForCausalLM.from_pretrained(path, dtype="auto", use_safetensors=True, **fields)
     except (OSError, ValueError) as error:
         raise UserError(f"no causal language model can be loaded from {path!r}: {error}") from error
     finally:

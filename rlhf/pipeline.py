@@ -5,8 +5,8 @@
 A stage in the YAML is `{name, run, needs, threads, settings}`: `run` is a script of this folder without `.py`, `needs`
 are names of stages before it, `settings` its fields. `${output_dir}`, `${seed}` and `${root}` (the repository) are
 filled in. Every stage writes `<output_dir>/<name>/` with its settings as `stage.yaml`, so each can be run again by
-itself
-with `accelerate launch rlhf/<run>.py --config <output_dir>/<name>/stage.yaml`.
+itself with `accelerate launch rlhf/<run>.py --config <output_dir>/<name>/stage.yaml`. The settings of all stages are
+checked before the first one runs: fields, values, and that the files and models they name are there or will be made.
 
 All mains run in one program, because importing the libraries costs many seconds. With `parallel_stages: n` (CPU only)
 up to n stages whose needs are met run at once, in the order of the file, each in a forked process with
@@ -24,8 +24,10 @@ import json
 import multiprocessing
 import os
 import shutil
+import tempfile
 import time
 import traceback
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from string import Template
 from typing import Any
@@ -35,9 +37,11 @@ import yaml
 from rich.console import Console
 
 from configs.errors import UserError
-from rlhf.cli import entry, parse
+from configs.row_files import JSON_SUFFIXES
+from rlhf.cli import check, entry, parse
 
 ROOT = Path(__file__).resolve().parents[1]
+INPUT_ENDINGS = ("_files", "_file", "_path", "_paths", "_dirs")  # of the names of fields that name what a stage reads
 
 
 @dataclass
@@ -84,14 +88,15 @@ class Stage:
         return self.begun and (self.folder / "summary.json").exists()
 
 
-def _fill(value: Any, names: dict[str, str]) -> Any:
+def fill(value: Any, names: dict[str, str]) -> Any:
+    """`value` with ${name} replaced in every text in it, unknown names left; a text that becomes a number is one."""
     if isinstance(value, str):
         filled = Template(value).safe_substitute(names)
         return yaml.safe_load(filled) if filled != value and filled.lstrip("-").isdigit() else filled
     if isinstance(value, list):
-        return [_fill(item, names) for item in value]
+        return [fill(item, names) for item in value]
     if isinstance(value, dict):
-        return {key: _fill(item, names) for key, item in value.items()}
+        return {key: fill(item, names) for key, item in value.items()}
     return value
 
 
@@ -130,10 +135,48 @@ def read_stages(settings: PipelineSettings) -> list[Stage]:
         if missing := [need for need in row.get("needs", []) if need not in before]:
             raise UserError(f"{where} ({row['name']}) needs {missing}, not among the stages before it: {before}")
         folder = Path(settings.output_dir) / row["name"]
-        filled = _fill(row.get("settings") or {}, names) | {"output_dir": str(folder)}
+        filled = fill(row.get("settings") or {}, names) | {"output_dir": str(folder)}
         filled.setdefault("seed", settings.seed)
         stages.append(Stage(row["name"], row["run"], tuple(row.get("needs", [])), filled, folder, threads))
     return stages
+
+
+def check_stages(stages: list[Stage], awaited: Collection[str] = ()) -> None:
+    """Parses the settings of every stage that is not done as its script will, and looks for what they name.
+
+    Raises UserError naming the stage and the field. A file or model counts as there where an earlier stage's folder
+    will hold it, where it is among the `awaited` files, or where it may be a name on the Hub.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        config = Path(folder) / "stage.yaml"
+        for i, stage in enumerate(stages):
+            if stage.done:
+                continue
+            config.write_text(yaml.safe_dump(stage.settings, sort_keys=False))
+            try:
+                check(importlib.import_module(f"rlhf.{stage.run}").main, ["--config", str(config)])
+            except UserError as error:
+                raise UserError(f"stage {stage.name}: {str(error).replace(f'{config}: ', '')}") from error
+            made = {earlier.folder for earlier in stages[:i]}
+            for name, value in _inputs(stage.settings):
+                if value in awaited or made & {Path(value), *Path(value).parents} or Path(value).exists():
+                    continue
+                if _local(value):
+                    raise UserError(f"stage {stage.name}: {name}: {value} does not exist")
+
+
+def _inputs(settings: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """(field, text) of everything that a stage's settings name to be read."""
+    for name, value in settings.items():
+        if (name.endswith(INPUT_ENDINGS) or name == "import_labels") and name != "reject_file":
+            for item in value if isinstance(value, list) else [value]:
+                if isinstance(item, str) and item:
+                    yield name, item
+
+
+def _local(value: str) -> bool:
+    """Whether a name can only be that of a local file or folder: Hub names have one slash and no data file's ending."""
+    return value.endswith((*JSON_SUFFIXES, ".parquet")) or value.startswith((".", "/", "~")) or value.count("/") > 1
 
 
 def _run_stage(stage: Stage) -> None:
@@ -235,6 +278,7 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
     """Runs the pipeline; returns the summary of the report module, or {}."""
     (settings,) = parse(PipelineSettings, args=args)
     stages = read_stages(settings)
+    check_stages(stages)
     console = Console(highlight=False)
     started = time.time()
     console.print(f"[bold]{len(stages)} stages[/bold] -> {settings.output_dir}")

@@ -237,8 +237,8 @@ def _mean(values: list[float]) -> float | None:
     return round(sum(values) / len(values), 5) if values else None
 
 
-def write_outputs(folder: Path, rows: list[Row], picks: dict[str, list[int | None]]) -> None:
-    """The dialogues of each kind of pick, and scores.npz."""
+def write_outputs(folder: Path, rows: list[Row], picks: dict[str, list[int | None]], prompts: list[Row]) -> None:
+    """The dialogues of each kind of pick, with what rlhf/pool_samples.py asks, and scores.npz."""
     for kind, column in picks.items():
         write_jsonl(
             folder / f"{kind}.jsonl",
@@ -247,6 +247,9 @@ def write_outputs(folder: Path, rows: list[Row], picks: dict[str, list[int | Non
                     "messages": [*row["prompt"], {"role": "assistant", "content": row["responses"][i]}],
                     "train_on": "last",
                     "source": f"rejection_sampling/{kind}",
+                    "score": round(row["combined"][i], 5),
+                    "is_safety": row["is_safety"],
+                    "prompt_source": prompts[row["index"]]["source"],
                 }
                 for row, i in zip(rows, column, strict=True)
                 if i is not None
@@ -287,7 +290,7 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
     summary = {**counts, **summarise(rows, picks, settings)}
     with folder.finishing():
         if state.is_main_process:
-            write_outputs(folder.path, rows, picks)
+            write_outputs(folder.path, rows, picks, prompts)
             for n, score in zip(summary["best_of_n"]["n"], summary["best_of_n"]["combined"], strict=True):
                 folder.log(n, {"best_of_n/combined": score})
             folder.samples(0, [_shown(row, picks, p) for p, row in enumerate(rows[:8])])

@@ -17,11 +17,13 @@ from peft import PeftModel
 from tiny_models import save_tiny_policy, save_tiny_reward_model, tiny_tokenizer
 
 from configs.chat import load_chat_format
+from configs.rounds_settings import RoundsSettings
 from reward.model import add_lora, create_reward_model, load_reward_model
 from rlhf import cli, scaling_study
 from rlhf.models import load_policy, resolve_dtype
 from rlhf.pipeline import PipelineSettings, Stage, read_stages
 from rlhf.roles import load_roles
+from rlhf.round_stages import round_stages
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 RUNS = sorted(path for path in CONFIGS.glob("*.yaml") if path.name != "demo.yaml")
@@ -81,6 +83,8 @@ def test_the_models_of_every_config_load(path, tiny):
         study = parse(run, path, "--model_name_or_paths", tiny["policy"], "--layers", "1", "2")["ScalingSettings"]
         assert [model.layers for model in scaling_study.study_models(study)] == [1, None]
         return
+    if run == "rounds":
+        return  # its stages are those of the other configs, and parsed below
     settings = parse(run, path, *with_tiny_models(path, tiny))
     tokenizer = tiny_tokenizer()
     if "chat_format" in settings:
@@ -126,7 +130,8 @@ def test_the_models_of_every_config_load(path, tiny):
 def test_llama2_has_a_config_for_every_stage():
     stages = sorted(stage_of(path) for path in LLAMA2_7B)
     assert stages == sorted(
-        ["sft"] * 3  # supervised, on the best of K, on Ghost Attention dialogues
+        ["sft"] * 4  # supervised, on the best of K, on a larger model's, on Ghost Attention dialogues
+        + ["rounds"]
         + ["train_reward"] * 2
         + [
             "collect_preferences",
@@ -176,13 +181,17 @@ PAPER = {  # §2.2 (AdamW), §3.1, §3.2.2, §3.2.3, §3.3
 BATCH = {"sft": 64, "train_reward": 512}  # rows of 4,096 tokens; pairs
 
 
-@pytest.mark.parametrize("path", LLAMA2, ids=lambda path: path.stem)
-def test_llama2_configs_have_the_numbers_of_the_paper(path):
-    run = stage_of(path)
-    settings = parse(run, path)
+def has_the_numbers_of_the_paper(run: str, settings: dict[str, Any]) -> None:
     assert {name: settings[name] for name in PAPER[run]} == PAPER[run]
     if run in BATCH:
         assert settings["per_device_train_batch_size"] * settings["gradient_accumulation_steps"] == BATCH[run]
+
+
+@pytest.mark.parametrize("path", [path for path in LLAMA2 if stage_of(path) != "rounds"], ids=lambda path: path.stem)
+def test_llama2_configs_have_the_numbers_of_the_paper(path):
+    run = stage_of(path)
+    settings = parse(run, path)
+    has_the_numbers_of_the_paper(run, settings)
     if run == "ppo":
         assert 200 <= settings["total_iterations"] <= 400
     if run == "train_reward":
@@ -191,6 +200,22 @@ def test_llama2_configs_have_the_numbers_of_the_paper(path):
         assert settings["margin"] == "small"
         assert settings["RewardSettings"].safety_weight == (1.0 if settings["objective"] == "safety" else 0.0)
         assert settings["mix_weights"] == ([90, 10] if settings["objective"] == "safety" else [50, 50])
+
+
+def rounds_of(name: str, **fields: Any) -> list[Stage]:
+    settings = yaml.safe_load((CONFIGS / name).read_text()) | fields
+    return round_stages(RoundsSettings(**settings), settings.get("student_model_path", ""))
+
+
+def test_the_stages_of_the_llama2_rounds_have_the_numbers_of_the_paper(tmp_path):
+    stages = rounds_of("llama2_7b_rounds.yaml", student_model_path="some/small-model")
+    assert [stage.name for stage in stages if stage.run == "sft"][-2:] == ["v4/sft", "v4/student_sft"]
+    for stage in stages:
+        config = tmp_path / "stage.yaml"
+        config.write_text(yaml.safe_dump(stage.settings))
+        if stage.run in PAPER and "import_labels" not in stage.settings:
+            has_the_numbers_of_the_paper(stage.run, parse(stage.run, config))
+    assert [stage.settings["pool"] for stage in stages if stage.run == "pool_samples"] == ["all"] * 4
 
 
 @pytest.fixture(scope="module")
@@ -213,6 +238,19 @@ def test_the_scaling_study_trains_as_the_demo_does(demo):
     assert study["model_name_or_paths"] == [stage["model_name_or_path"]]
     own = ("model_name_or_path", "output_dir", "seed")
     assert {name: study[name] for name in stage if name not in own} == {k: v for k, v in stage.items() if k not in own}
+
+
+def test_the_rounds_of_the_demo_train_as_the_demo_does(demo, tmp_path):
+    stages = {stage.name: stage for stage in rounds_of("rounds_demo.yaml")}
+    own = ("model_name_or_path", "output_dir", "seed", "train_files", "eval_files", "mix_weights", "num_train_epochs")
+    for mine, theirs in (("v2/sft", "rejection_sft"), ("v2/reward_safety", "reward_safety")):
+        settings = next(stage.settings for stage in demo if stage.name == theirs)
+        same = {name: value for name, value in settings.items() if name not in own}
+        assert {name: stages[mine].settings[name] for name in same} == same
+    for stage in stages.values():
+        config = tmp_path / "stage.yaml"
+        config.write_text(yaml.safe_dump(stage.settings))
+        parse(stage.run, config)
 
 
 def test_a_stage_of_the_demo_reads_only_what_it_waits_for(demo):

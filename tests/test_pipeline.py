@@ -8,7 +8,7 @@ import yaml
 from rich.console import Console
 
 from configs.errors import UserError
-from rlhf.pipeline import PipelineSettings, main, read_stages, run_stages
+from rlhf.pipeline import PipelineSettings, check_stages, main, read_stages, run_stages
 
 SMALL = {
     "demonstrations": 2, "preference_prompts": 2, "rl_prompts": 2, "validation_prompts": 1, "evaluation_prompts": 2,
@@ -118,3 +118,46 @@ def test_a_failing_stage_stops_what_needs_it_and_names_the_reason(tmp_path, para
         run_stages(stages, parallel, Console(quiet=True))
     assert json.loads((tmp_path / "good" / "summary.json").read_text())["demonstrations"] == 2
     assert not (tmp_path / "after").exists()
+
+
+def sft(name: str, **settings) -> dict:
+    fields = {"model_name_or_path": "some/model", "train_files": ["${output_dir}/a/demonstrations.jsonl"]}
+    return {"name": name, "run": "sft", "needs": ["a"], "settings": fields | settings}
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"learning_rat": 1.0}, "^stage b: unknown field 'learning_rat'; did you mean 'learning_rate'"),
+        ({"max_length": "long"}, "^stage b: max_length must be int"),
+        ({"max_length": 2}, "^stage b: max_length: 2 tokens hold no dialogue"),
+        ({"eval_files": ["${output_dir}/c/x.jsonl"]}, "^stage b: eval_files: .*/c/x.jsonl does not exist"),
+        ({"model_name_or_path": "./none"}, "^stage b: model_name_or_path: ./none does not exist"),
+    ],
+)
+def test_all_settings_are_checked_before_the_first_stage_runs(tmp_path, settings, message):
+    with pytest.raises(UserError, match=message):
+        main(config(tmp_path, [stage("a"), sft("b", **settings), stage("c")]))
+    assert not (tmp_path / "out" / "a").exists()
+
+
+def test_what_an_earlier_stage_makes_or_the_hub_may_have_is_not_missed(tmp_path):
+    rows = [stage("a"), sft("b", reject_file="none/bad/rejected.jsonl"), sft("c", eval_files=["late.jsonl"])]
+    stages = read_stages(PipelineSettings(stages=rows, output_dir=str(tmp_path)))
+    check_stages(stages, awaited=["late.jsonl"])
+    with pytest.raises(UserError, match="late.jsonl"):
+        check_stages(stages)
+
+
+def test_a_complete_stage_is_not_checked_again(tmp_path):
+    data = tmp_path / "values.json"
+    data.write_text("{}")
+    rows = [stage("a"), sft("b", eval_files=[str(data)])]
+    stages = read_stages(PipelineSettings(stages=rows, output_dir=str(tmp_path)))
+    data.unlink()
+    stages[1].folder.mkdir()
+    (stages[1].folder / "stage.yaml").write_text(yaml.safe_dump(stages[1].settings))
+    with pytest.raises(UserError, match="values.json"):
+        check_stages(stages)
+    (stages[1].folder / "summary.json").write_text("{}")
+    check_stages(stages)
