@@ -2,7 +2,7 @@
 
     python benchmarks/best_of_k.py [--model runs/smollm2] [--rounds 3] [--prompts 64] [--k 16]
 
-Without `--model`, a Llama of 0.8 M parameters is first taught HH-RLHF dialogues for some minutes (`--train_steps`), so
+Without `--model`, a Llama of 1.3 M parameters is first taught HH-RLHF dialogues for some minutes (`--train_steps`), so
 that it ends its responses where people did; `--model` names any chat model. Prompts are the real ones, or drawn ids of
 their lengths where they are absent. The peer is `generate(num_return_sequences=k)` over prompts sorted by length, in
 batches of the size that is fastest for it on a part of the prompts (`--peer_prompts` fixes it); it gives no log-probs,
@@ -42,6 +42,7 @@ from rlhf.models import load_tokenizer
 from rlhf.sampler import sample
 
 EOS, PAD = 2, 3  # of the small Llama
+BATCH = 16  # dialogues of a step that teaches it
 PEER_BATCHES = (1, 2, 4, 8, 16)  # prompts in a batch of generate, tried where none is given
 
 
@@ -68,14 +69,23 @@ def taught_llama(folder: Path, steps: int) -> None:
     )  # fmt: skip
     model = LlamaForCausalLM(config)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    pairs, _ = hh_pairs(steps * 8, seed=1, max_length=512)
-    for start in range(0, len(pairs), 8):
-        batch = [torch.tensor([*pair.chosen_ids[:-1].tolist(), EOS]) for pair in pairs[start : start + 8]]
-        ids = torch.nn.utils.rnn.pad_sequence(batch, batch_first=True, padding_value=PAD)
-        loss = model(input_ids=ids, labels=ids.masked_fill(ids == PAD, -100)).loss
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    pairs, _ = hh_pairs(2400, seed=1, max_length=512)
+    for step in range(steps):
+        batch = []
+        for i in range(step * BATCH, (step + 1) * BATCH):
+            pair = pairs[i % len(pairs)]
+            prompt = shared_tokens((pair.chosen_ids, pair.rejected_ids))
+            batch.append((torch.tensor([*pair.chosen_ids[:-1].tolist(), EOS]), prompt))
+        ids = torch.nn.utils.rnn.pad_sequence([each for each, _ in batch], batch_first=True, padding_value=PAD)
+        labels = ids.masked_fill(ids == PAD, -100)
+        for row, (_, prompt) in enumerate(batch):
+            labels[row, :prompt] = -100
+        loss = model(input_ids=ids, labels=labels).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
+        schedule.step()
         optimizer.zero_grad()
     model.save_pretrained(folder)
 
@@ -251,7 +261,7 @@ if __name__ == "__main__":
     parser.add_argument("--max_new_tokens", type=int, default=256)
     parser.add_argument("--longest_prompt", type=int, default=512)
     parser.add_argument("--token_budget", type=int, default=32_768)
-    parser.add_argument("--train_steps", type=int, default=600)
+    parser.add_argument("--train_steps", type=int, default=450)
     parser.add_argument("--peer_prompts", type=int, default=0)
     parser.add_argument("--only", choices=["ours", "peer"], default=None, help=argparse.SUPPRESS)
     parser.add_argument("--small", action="store_true", help=argparse.SUPPRESS)

@@ -13,6 +13,7 @@ key head, D head width.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,9 @@ from rlhf.hardware import FLOAT_ATTENTION
 from rlhf.kv_cache import RowCache, visible
 
 SHARED_ATTENTION = "sdpa_shared_prompts"
-CHUNKS = 4  # on a CPU, rows are in the order of their age: each quarter of them attends to as many columns as it needs
+# On a CPU attention is done in so many parts, each as wide as it needs: the rows in the order of their age, the prompts
+# by how many rows they have left.
+PARTS = 4
 
 
 class PromptStore:
@@ -36,8 +39,9 @@ class PromptStore:
     def __init__(self, model: Any, prompts: int, longest: int) -> None:
         self.model = model
         self.cache = RowCache(model.config, prompts, longest)
-        self.length: np.ndarray = np.zeros(prompts, np.int64)
+        self.length: np.ndarray = np.zeros(prompts, np.int64)  # by slot, as the following
         self.users: np.ndarray = np.zeros(prompts, np.int64)  # responses that still need it, running or waiting
+        self.cache_row: np.ndarray = np.arange(prompts)
         self.groups: Groups | None = None
 
     def add(self, stage: RowCache, row: int, length: int, users: int) -> int:
@@ -45,14 +49,15 @@ class PromptStore:
         free = np.flatnonzero(self.users == 0)
         if not len(free):  # many prompts with one slow response each
             old = len(self.users)
-            more = old // 2 + 1
-            self.cache.resize(torch.arange(old, device=self.model.device), old + more, self.cache.columns)
-            self.length, self.users = (np.concatenate([x, np.zeros(more, np.int64)]) for x in (self.length, self.users))
+            new = old + old // 2 + 1
+            self.cache.resize(torch.arange(old, device=self.model.device), new, self.cache.columns)
+            self.length, self.users = (np.concatenate([x, np.zeros(new - old, int)]) for x in (self.length, self.users))
+            self.cache_row = np.concatenate([self.cache_row, np.arange(old, new)])
             free = np.array([old])
         slot = int(free[0])
-        index = torch.tensor([row, slot], device=self.model.device)
+        index = torch.tensor([row, self.cache_row[slot]], device=self.model.device)
         self.cache.copy_rows(stage, index[:1], index[1:], length)
-        self.length[slot], self.users[slot] = length, users
+        self.length[slot], self.users[slot], self.groups = length, users, None
         return slot
 
     def release(self, slot_R: np.ndarray) -> None:
@@ -62,33 +67,60 @@ class PromptStore:
     def shared_by(self, slot_R: np.ndarray, width_R: np.ndarray) -> "SharedPrompts":
         """For one step of rows whose prompts are in these slots and whose responses take so many columns."""
         if self.groups is None or not np.array_equal(self.groups.slot_R, slot_R):
-            self.groups = Groups(slot_R, self.length, self.model)
-        parts = CHUNKS if self.model.device.type == "cpu" else 1
-        bounds = [len(slot_R) * i // parts for i in range(parts + 1)]
-        chunks = [(slice(a, b), int(width_R[a:b].max())) for a, b in zip(bounds, bounds[1:]) if a < b]
+            self.groups = self._group(slot_R)
+        chunks = [(part, int(width_R[part].max())) for part in self._parts(len(slot_R))]
         return SharedPrompts(self.cache, self.groups, chunks)
 
+    def _parts(self, count: int) -> list[slice]:
+        parts = PARTS if self.model.device.type == "cpu" else 1
+        bounds = [count * i // parts for i in range(parts + 1)]
+        return [slice(start, stop) for start, stop in pairwise(bounds) if start < stop]
 
-class Groups:
-    """Rows by prompt: rows_PK [P, K] of the prompts that have rows (places without a row repeat row 0, whose result
-    there nobody reads) and, of each row, its place where_R in the flattened [P, K]."""
-
-    def __init__(self, slot_R: np.ndarray, length: np.ndarray, model: Any) -> None:
-        self.slot_R = slot_R.copy()
-        slots, group_R, counts = np.unique(slot_R, return_inverse=True, return_counts=True)
-        order = np.argsort(group_R, kind="stable")
-        place = np.arange(len(slot_R)) - np.repeat(np.cumsum(counts) - counts, counts)
-        rows_PK: np.ndarray = np.zeros((len(slots), int(counts.max())), np.int64)
-        rows_PK[group_R[order], place] = order
+    def _group(self, slot_R: np.ndarray) -> "Groups":
+        """Sort the prompts of these rows to the front of the cache, by their number of rows, so that a part of them can
+        be read where it is; it is done anew once rows have been moved, not at every step."""
+        device = self.model.device
+        slots, counts = np.unique(slot_R, return_counts=True)
+        slots = slots[np.lexsort((self.length[slots], counts))[::-1]]
+        everything = np.concatenate([slots, np.setdiff1d(np.arange(len(self.users)), slots)])
+        source, target = self.cache_row[everything], np.arange(len(everything))
+        if not np.array_equal(source, target):
+            source_R, target_R = torch.from_numpy(source).to(device), torch.from_numpy(target).to(device)
+            self.cache.permute_rows(source_R, target_R, self.length[everything].tolist())
+            self.cache_row[everything] = target
         where_R: np.ndarray = np.empty(len(slot_R), np.int64)
-        where_R[order] = group_R[order] * rows_PK.shape[1] + place
-        device = model.device
-        self.rows_PK, self.where_R = torch.from_numpy(rows_PK).to(device), torch.from_numpy(where_R).to(device)
-        # Slots without a hole are read where they are, others are gathered.
-        first, last = int(slots[0]), int(slots[-1])
-        self.slots = slice(first, last + 1) if last - first + 1 == len(slots) else torch.from_numpy(slots).to(device)
-        self.width = int(length[slots].max())
-        self.mask = visible(torch.from_numpy(length[slots] - 1)[:, None].to(device), self.width, model.dtype)
+        parts, places = [], 0
+        for part in self._parts(len(slots)):
+            mine = [np.flatnonzero(slot_R == slot) for slot in slots[part]]
+            rows_PK: np.ndarray = np.zeros((len(mine), max(map(len, mine))), np.int64)
+            for p, rows in enumerate(mine):
+                rows_PK[p, : len(rows)] = rows
+                where_R[rows] = places + p * rows_PK.shape[1] + np.arange(len(rows))
+            places += rows_PK.size
+            length_P1 = torch.from_numpy(self.length[slots[part]])[:, None].to(device)
+            width = int(length_P1.max())
+            mask = visible(length_P1 - 1, width, self.model.dtype)
+            parts.append(Part(part, width, mask, torch.from_numpy(rows_PK).to(device)))
+        return Groups(slot_R.copy(), parts, torch.from_numpy(where_R).to(device))
+
+
+@dataclass(frozen=True)
+class Part:
+    """Prompts in neighbouring rows of the cache."""
+
+    prompts: slice
+    width: int  # columns of the longest
+    mask: Tensor  # additive, [P, 1, 1, width]
+    rows_PK: Tensor  # the rows of each; places without a row repeat row 0, whose result there nobody reads
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Rows by prompt."""
+
+    slot_R: np.ndarray
+    parts: list[Part]
+    where_R: Tensor  # the place of each row among those of all parts, one after the other
 
 
 @dataclass
@@ -131,16 +163,19 @@ def shared_attention(
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     assert attention_mask is not None
     shared_prompts.calls += 1
-    groups, layer = shared_prompts.groups, shared_prompts.cache.layers[module.layer_idx]
-    keys, values = (buffer[groups.slots, :, : groups.width] for buffer in (layer.key_buffer, layer.value_buffer))
-    (rows, heads, _, head), (prompts, key_heads) = query.shape, keys.shape[:2]
+    layer = shared_prompts.cache.layers[module.layer_idx]
+    (rows, heads, _, head), key_heads = query.shape, key.shape[1]
     scale = options.get("scaling") or head**-0.5
     grouped_RJGD = query.view(rows, key_heads, heads // key_heads, head)
-    by_prompt = grouped_RJGD[groups.rows_PK].transpose(1, 2)  # [P, J, K, G, D]
-    output, lse = _attend(by_prompt.reshape(prompts, key_heads, -1, head), keys, values, groups.mask, scale)
-    of_rows = (groups.rows_PK.numel(), key_heads, heads // key_heads)
-    prompt_RJGD = output.view(by_prompt.shape).transpose(1, 2).reshape(*of_rows, head)[groups.where_R]
-    prompt_RJG = lse.view(by_prompt.shape[:-1]).transpose(1, 2).reshape(of_rows)[groups.where_R]
+    outputs, lses = [], []
+    for part in shared_prompts.groups.parts:
+        keys, values = (x[part.prompts, :, : part.width] for x in (layer.key_buffer, layer.value_buffer))
+        by_prompt = grouped_RJGD[part.rows_PK].transpose(1, 2)  # [P, J, K, G, D]
+        output, lse = _attend(by_prompt.flatten(2, 3), keys, values, part.mask, scale)
+        outputs.append(output.view(by_prompt.shape).transpose(1, 2).flatten(0, 1))
+        lses.append(lse.view(by_prompt.shape[:-1]).transpose(1, 2).flatten(0, 1))
+    prompt_RJGD = torch.cat(outputs)[shared_prompts.groups.where_R]
+    prompt_RJG = torch.cat(lses)[shared_prompts.groups.where_R]
     own = [
         _attend(
             grouped_RJGD[part], key[part, :, :width], value[part, :, :width], attention_mask[part, ..., :width], scale

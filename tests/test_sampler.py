@@ -259,7 +259,8 @@ def test_the_two_parts_of_shared_attention_join_to_plain_attention():
     slot, length, width = np.array([3, 0, 3, 1, 0, 3]), np.array([4, 7, 5, 2]), np.array([5, 1, 2, 3, 3, 1])
     store = shared_prompts.PromptStore(ragged_model(), 4, 7)
     layer = store.cache.layers[0]
-    layer.key_buffer, layer.value_buffer = torch.randn(2, 4, 2, 8, 8, generator=generator)
+    prompt_key, prompt_value = torch.randn(2, 4, 2, 8, 8, generator=generator)
+    layer.key_buffer, layer.value_buffer, layer.is_initialized = prompt_key.clone(), prompt_value.clone(), True
     store.length = length
     query = torch.randn(6, 4, 1, 8, generator=generator)
     key, value = torch.randn(2, 6, 2, 5, 8, generator=generator)
@@ -271,8 +272,8 @@ def test_the_two_parts_of_shared_attention_join_to_plain_attention():
     for r in range(6):
         for head in range(4):
             group, n = head // 2, length[slot[r]]
-            keys = torch.cat([layer.key_buffer[slot[r], group, :n], key[r, group, : width[r]]]).double()
-            values = torch.cat([layer.value_buffer[slot[r], group, :n], value[r, group, : width[r]]]).double()
+            keys = torch.cat([prompt_key[slot[r], group, :n], key[r, group, : width[r]]]).double()
+            values = torch.cat([prompt_value[slot[r], group, :n], value[r, group, : width[r]]]).double()
             expected = (keys @ query[r, head, 0].double() * 0.4).softmax(0) @ values
             torch.testing.assert_close(output[r, 0, head].double(), expected, atol=1e-6, rtol=1e-5)
     assert shared.calls == 1
@@ -290,7 +291,6 @@ def test_many_prompts_with_one_slow_response_each_find_room(model):
     """The store of prompts starts with room for twice the prompts of full groups, and grows."""
     prompts = [[5 + i, 6] for i in range(30)]
     store = shared_prompts.PromptStore(model, 2, 4)
-    store.cache.place(0, torch.tensor([[0, 1]] * 2), 2)
     stage = shared_prompts.RowCache(model.config, 30, 2)
     decoding.feed(model, stage, prompts, [0] * 30, PAD)
     slots = [store.add(stage, row, 2, 1) for row in range(30)]
@@ -302,6 +302,19 @@ def test_many_prompts_with_one_slow_response_each_find_room(model):
     assert store.add(stage, 3, 2, 2) == 9
     store.release(np.array([9]))
     assert store.users[9] == 1
+    # Sorted by the rows they have left, each slot still finds its prompt, and another prompt in a slot is noticed.
+    slot = np.array([29, 17, 29, 0])
+    store.shared_by(slot, np.ones(4, int))
+    assert store.cache_row[29] == 0
+    assert sorted(store.cache_row[[0, 17]]) == [1, 2]
+    for row in (0, 17, 29):
+        held = store.cache.layers[1].key_buffer[store.cache_row[row], :, :2]
+        torch.testing.assert_close(held, stage.layers[1].key_buffer[row, :, :2])
+    before = store.groups
+    assert store.shared_by(slot, np.ones(4, int)).groups is before
+    store.release(np.array([0]))
+    assert store.add(stage, 5, 1, 1) == 0
+    assert [part.width for part in store.shared_by(slot, np.ones(4, int)).groups.parts] == [2, 2, 1]
 
 
 @pytest.mark.parametrize("works", [True, False])
