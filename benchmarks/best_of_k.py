@@ -96,15 +96,15 @@ def small_prompts(count: int) -> tuple[list[list[int]], str]:
     return [p.chosen_ids[: shared_tokens((p.chosen_ids, p.rejected_ids))].tolist() for p in pairs], data
 
 
-def real_prompts(count: int, model: str, longest: int) -> tuple[list[list[int]], list[int], int]:
-    """HH-RLHF prompts in the ids of the tokenizer of `model`, with its stop ids and padding id."""
+def real_prompts(count: int, model: str, longest: int) -> tuple[list[list[int]], list[int]]:
+    """HH-RLHF prompts in the ids of the tokenizer of `model`, and its stop ids."""
     tokenizer = load_tokenizer(model)
     chat = load_chat_format(tokenizer)
     rows = [row for name in SETS for row in read_preferences(KIT / f"hh-{name}-train.jsonl.gz", chat_format=chat).rows]
     order = np.random.default_rng(0).permutation(len(rows))
     prompts = (chat.encode_prompt(rows[i]["prompt"]) for i in order)
     chosen = [ids for ids in prompts if len(ids) <= longest][:count]
-    return chosen, list(chat.stop_ids), tokenizer.pad_token_id
+    return chosen, list(chat.stop_ids)
 
 
 def ours(task: Task, temperature: float = 1.0, k: int | None = None, seed: int = 0) -> list[list[int]]:
@@ -187,8 +187,8 @@ def load_task(arguments: argparse.Namespace, model: str) -> Task:
         prompts, data = small_prompts(arguments.prompts)
         stop_ids, pad_id = [EOS], PAD
     else:
-        prompts, stop_ids, pad_id = real_prompts(arguments.prompts, model, arguments.longest_prompt)
-        data = "hh-rlhf"
+        prompts, stop_ids = real_prompts(arguments.prompts, model, arguments.longest_prompt)
+        data, pad_id = "hh-rlhf", 0  # nobody sees the padding; one that load_tokenizer adds is not in the embeddings
     return Task(network, prompts, arguments.k, stop_ids, pad_id, arguments.max_new_tokens, arguments.token_budget, data)
 
 

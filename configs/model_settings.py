@@ -5,6 +5,8 @@ from typing import Literal
 
 from configs.errors import UserError
 
+LORA_FIELDS = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules")
+
 
 @dataclass
 class ModelSettings:

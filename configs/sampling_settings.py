@@ -30,6 +30,8 @@ class SamplingSettings:
     def __post_init__(self) -> None:
         if not 0.0 <= self.temperature <= 100.0:  # also refuses nan
             raise UserError(f"temperature: {self.temperature} is out of range; give 0 (greedy) to 100")
+        if 0.0 < self.temperature < 0.001:  # its logits would leave float32
+            raise UserError(f"temperature: {self.temperature} is too small; give 0 (greedy) or at least 0.001")
         if not 0.0 < self.top_p <= 1.0:
             raise UserError(f"top_p: {self.top_p} is out of range; give a number in (0, 1]")
         if self.top_k < 0:

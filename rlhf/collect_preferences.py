@@ -40,7 +40,7 @@ from rlhf.cli import entry, parse
 from rlhf.draw import sample_seeds
 from rlhf.engines import InProcess, load_engine
 from rlhf.labels import LABELS, import_labels, preference_record
-from rlhf.models import load_tokenizer
+from rlhf.models import data_fingerprints, load_tokenizer
 from rlhf.rejection_sampling import read_prompt_files, usable
 from rlhf.run import RunFolder, numbers
 from rlhf.sampler import prompt_room
@@ -249,11 +249,15 @@ def collect(settings: CollectSettings, run: RunSettings, folder: RunFolder) -> t
     )
     prompts = prompts[: settings.max_prompts or None]
     # What happens to the pairs later (annotator, split) does not change them: relabelling draws nothing again.
-    later = ("annotator", "annotator_noise", "import_labels", "max_reject_share", "test_fraction", *NOT_SAMPLED)
+    later = (
+        *("annotator", "annotator_noise", "import_labels", "max_reject_share", "test_fraction", "token_budget"),
+        *("prompt_files", "max_prompts", "max_prompt_tokens", "chat_format", *NOT_SAMPLED),
+    )
     content: Row = {name: value for name, value in asdict(settings).items() if name not in later}
     content["sampling_engine"] = settings.engine
     content |= {"seed": run.seed, "weights": [weights_stamp(path) for path in worker.paths]}
-    content["prompts"] = [[p["prompt"], p["is_safety"]] for p in prompts]
+    chat = worker.variants[0][1]
+    content["prompts"] = [[chat.encode_prompt(p["prompt"]), p["is_safety"]] for p in prompts]
     size, total = settings.prompts_per_shard, len(prompts)
     shards = shard_folder(run.output_dir, content, total, size)
     with tqdm(total=total, desc="collecting", unit="prompt", disable=not state.is_main_process) as bar:
@@ -299,7 +303,9 @@ def write_pairs(folder: RunFolder, pairs: list[Row], settings: CollectSettings, 
 def main(args: list[str] | None = None) -> dict[str, Any]:
     """Collects, or imports, preference data; returns the summary."""
     settings, run = parse(CollectSettings, RunSettings, args=args)
-    resolved = asdict(settings) | asdict(run)
+    resolved: Row = asdict(settings) | asdict(run)
+    inputs = [*(settings.prompt_files or []), *([settings.import_labels] if settings.import_labels else [])]
+    resolved |= {"data": data_fingerprints(inputs)}
     if completed := RunFolder.completed(run.output_dir, resolved):
         return completed
     folder = RunFolder(run.output_dir, resolved, stage="collect_preferences")

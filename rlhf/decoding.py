@@ -40,8 +40,12 @@ def evaluating(model: Any) -> Iterator[None]:
 class Stops:
     """What ends a response beside its length: token ids, and texts found by transformers' own criterion."""
 
-    def __init__(self, settings: SamplingSettings, stop_ids: Sequence[int], tokenizer: Any, device: Any) -> None:
-        """Raises ValueError for stop strings without a tokenizer, UserError for one that no tokens can spell."""
+    def __init__(self, settings: SamplingSettings, stop_ids: Sequence[int], tokenizer: Any, model: Any) -> None:
+        """Raises ValueError for stop strings without a tokenizer, UserError for one that no tokens can spell and for
+        stop ids that are none."""
+        vocabulary, device = model.config.get_text_config(decoder=True).vocab_size, model.device
+        if max(settings.stop_token_ids, default=0) >= vocabulary:
+            raise UserError(f"stop_token_ids: {max(settings.stop_token_ids)} is not among the {vocabulary} token ids")
         self.ids = torch.tensor([*stop_ids, *settings.stop_token_ids], device=device)
         self.criterion = None
         if settings.stop_strings:

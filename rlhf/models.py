@@ -81,14 +81,18 @@ def load_policy(settings: ModelSettings, trainable: bool = True) -> PreTrainedMo
     path = settings.model_name_or_path
     tokenizer = load_tokenizer(path)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model, loaded = AutoModelForCausalLM.from_pretrained(
             path,
             dtype=resolve_dtype(settings, trainable),
             attn_implementation=settings.attn_implementation,
             use_safetensors=True,
+            output_loading_info=True,
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:
         raise UserError(f"model_name_or_path: no causal language model can be loaded from {path!r}: {error}") from error
+    if loaded["missing_keys"]:  # they would be random: a reward model, for instance, has no output layer
+        missing = ", ".join(sorted(loaded["missing_keys"])[:3])
+        raise UserError(f"model_name_or_path: {path!r} is no causal language model: it lacks the weights {missing}")
     _grow_embeddings(model, len(tokenizer))
     model.config.pad_token_id = tokenizer.pad_token_id
     for module in model.modules():

@@ -37,7 +37,7 @@ from tqdm import tqdm
 from configs.chat import ChatFormat, ChatFormatError, load_chat_format
 from configs.engine_settings import NOT_SAMPLED
 from configs.errors import UserError
-from configs.model_settings import ModelSettings, RunSettings
+from configs.model_settings import LORA_FIELDS, ModelSettings, RunSettings
 from configs.records import read_prompts, write_jsonl
 from configs.rejection_settings import RejectionSettings
 from reward.combine import combined_reward
@@ -46,16 +46,23 @@ from reward.scorer import score_ids
 from rlhf.cli import entry, parse
 from rlhf.draw import sample_seeds
 from rlhf.engines import load_engine
-from rlhf.models import load_tokenizer, resolve_dtype
+from rlhf.models import data_fingerprints, load_tokenizer, resolve_dtype
 from rlhf.run import RunFolder
 from rlhf.sampler import prompt_room
-from rlhf.samples import Prompt
+from rlhf.samples import Prompt, before_stop_string
 from rlhf.score_files import SCORES, write_scores
 from rlhf.selection import Picks, best_of_n_curve, best_of_n_kl, check_finite, duplicate_of, pick
 from rlhf.shards import read_shards, run_shards, shard_folder, weights_stamp, without_failed
 
 Row = dict[str, Any]
-RUN_ONLY = ("output_dir", "report_to", "logging_steps", "resume", "use_cpu")
+# Settings that change neither responses nor scores: another min_score, or a lower token_budget after memory ran out,
+# samples nothing again. The prompts count as they are encoded, not by their files.
+NOT_IN_ROWS = (
+    *("output_dir", "report_to", "logging_steps", "resume", "use_cpu"),
+    *("min_score", "keep_unfinished", "max_prompts", "max_reject_share", "max_prompt_tokens", "prompt_files", "data"),
+    *("token_budget", "score_token_budget", "chat_format", "use_peft", "freeze_embeddings", *LORA_FIELDS),
+    *NOT_SAMPLED,
+)
 
 
 def read_prompt_files(
@@ -139,7 +146,10 @@ class Worker:
                 rows.append({"index": index, "prompt": prompt["prompt"], "error": batch.errors[p]})
                 continue
             mine = slice(p * k, (p + 1) * k)
-            texts = [self.chat.decode_response(ids) for ids in batch.response_ids[mine]]
+            texts = [
+                before_stop_string(self.chat.decode_response(ids), self.settings.stop_strings)
+                for ids in batch.response_ids[mine]
+            ]
             finished = [reason == "stop" for reason in batch.finish_reasons[mine]]
             scores = {name: raw[name][mine].tolist() for name in SCORES}
             check_finite(scores, index)
@@ -261,7 +271,11 @@ def write_outputs(folder: Path, rows: list[Row], picks: dict[str, list[int | Non
 def main(args: list[str] | None = None) -> dict[str, Any]:
     """Runs one round of rejection sampling; returns its summary."""
     settings, model, run = parse(RejectionSettings, ModelSettings, RunSettings, args=args)
-    resolved = asdict(settings) | asdict(model) | asdict(run)
+    if model.use_peft or model.freeze_embeddings:
+        raise UserError("use_peft and freeze_embeddings are for training; leave them out where a policy is sampled")
+    models = (model.model_name_or_path, settings.helpfulness_model_path, settings.safety_model_path)
+    resolved: Row = asdict(settings) | asdict(model) | asdict(run)
+    resolved |= {"data": data_fingerprints(settings.prompt_files), "weights": [weights_stamp(path) for path in models]}
     if completed := RunFolder.completed(run.output_dir, resolved):
         return completed
     state = PartialState(cpu=run.use_cpu)
@@ -271,13 +285,9 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
     room = prompt_room(worker.engine, settings.max_new_tokens, settings.max_prompt_tokens)
     prompts = read_prompt_files(settings.prompt_files, worker.chat, room, folder.path, settings.max_reject_share)
     prompts = prompts[: settings.max_prompts or None]
-    # What the selection does later does not change the responses: another min_score samples nothing again.
-    later = ("min_score", "keep_unfinished", "max_prompts", "max_reject_share", *NOT_SAMPLED, *RUN_ONLY)
-    content: Row = {name: value for name, value in resolved.items() if name not in later}
+    content: Row = {name: value for name, value in resolved.items() if name not in NOT_IN_ROWS}
     content["sampling_engine"] = settings.engine  # auto and server_url are one choice with server and server_url
-    for name in ("model_name_or_path", "helpfulness_model_path", "safety_model_path"):
-        content[f"{name} weights"] = weights_stamp(content[name])
-    content["prompts"] = [[p["prompt"], p["is_safety"]] for p in prompts]
+    content["prompts"] = [[worker.chat.encode_prompt(p["prompt"]), p["is_safety"]] for p in prompts]
     size, total = settings.prompts_per_shard, len(prompts)
     shards = shard_folder(run.output_dir, content, total, size)
     with tqdm(total=total, desc="rejection sampling", unit="prompt", disable=not state.is_main_process) as bar:

@@ -54,6 +54,7 @@ def sample(
     """
     if k < 1:
         raise UserError(f"k: {k} responses a prompt; give at least 1")
+    check_attention(model)
     check_lengths(model, [len(ids) for ids in prompts_ids], settings.max_new_tokens)
     count = len(prompts_ids) * k
     seeds = sample_seeds(seed, count) if isinstance(seed, int) else [int(s) for s in seed]
@@ -62,7 +63,7 @@ def sample(
     if temperatures is not None and (len(temperatures) != k or min(temperatures) <= 0):
         raise ValueError(f"temperatures {list(temperatures)}: give {k} numbers above 0")
     own = None if temperatures is None else torch.tensor(temperatures, device=model.device)
-    stops = Stops(settings, stop_ids, tokenizer, model.device)
+    stops = Stops(settings, stop_ids, tokenizer, model)
     share = k > 1 and can_share(model) and (model.device.type == "cpu" if share_prompts is None else share_prompts)
     finished: dict[int, Drawn] = {}
     attention = sharing_prompts(model) if share else nullcontext()
@@ -238,6 +239,15 @@ class _Run:
             columns = self.settings.max_new_tokens + (0 if rows.prompts else longest)
             cache.resize(torch.arange(rows.count, device=rows.seed.device), affordable, columns)
             rows.resize(affordable)
+
+
+def check_attention(model: Any) -> None:
+    """UserError for models whose attention cannot take a mask for each row, or counts positions by columns."""
+    kind = model.config._attn_implementation
+    if "flash" in kind or "flex" in kind:
+        raise UserError(f"attn_implementation: the sampler needs sdpa or eager, not {kind}")
+    if getattr(model.config.get_text_config(decoder=True), "alibi", False) or model.config.model_type == "bloom":
+        raise UserError(f"model type {model.config.model_type}: ALiBi positions are not supported by the sampler")
 
 
 def position_limit(model: Any) -> int | None:

@@ -39,6 +39,11 @@ class SampleBatch:
         return len(self.response_ids)
 
 
+def before_stop_string(text: str, stop_strings: Sequence[str]) -> str:
+    """The text up to the first stop string, all of it where there is none: what is trained does not say the string."""
+    return text[: min((text.index(stop) for stop in stop_strings if stop in text), default=len(text))]
+
+
 class Engine(Protocol):
     """Draws k responses to each prompt; `seed` is spread over the samples, or gives each of the N its own.
 

@@ -12,7 +12,7 @@ from rlhf.decoding import Stops, evaluating, feed
 from rlhf.draw import sample_seeds
 from rlhf.kv_cache import RowCache
 from rlhf.rows import Drawn, Rows
-from rlhf.sampler import position_limit
+from rlhf.sampler import check_attention, position_limit
 
 
 class DialogueSession:
@@ -35,7 +35,10 @@ class DialogueSession:
         stop id included where there is one. Raises UserError where a dialogue would pass `max_length`. The first call
         fixes the number of dialogues; draws differ between turns under one seed.
         """
+        if settings.stop_strings:
+            raise UserError("stop_strings: in a dialogue of many turns a reply ends at an end token; leave them out")
         if self.turn == 0:
+            check_attention(self.model)
             self.length, self.pending = [0] * len(new_ids), [[] for _ in new_ids]
         if len(new_ids) != len(self.pending) or not all(new_ids):
             raise ValueError(f"give at least one token for each of the {len(self.pending)} dialogues")
@@ -62,7 +65,7 @@ class DialogueSession:
         count = len(chunks)
         self._reserve(max(ends) + settings.max_new_tokens)
         logits = feed(self.model, self.cache, chunks, self.length, self.pad_id)
-        rows = Rows(self.model, self.cache, settings, Stops(settings, self.stop_ids, None, self.model.device))
+        rows = Rows(self.model, self.cache, settings, Stops(settings, self.stop_ids, None, self.model))
         seeds = sample_seeds(seed, count, first=self.turn * count)
         drawn = dict(rows.start(np.arange(count), range(count), ends, seeds, logits))
         while rows.running.any():

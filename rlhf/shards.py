@@ -54,8 +54,10 @@ def shard_folder(output_dir: str | Path, content: Mapping[str, Any], count: int,
 
 
 def weights_stamp(path: str) -> list[list[Any]]:
-    """Name, size and change time of each weight and config file of a local model folder; empty for a Hub name."""
-    files = [file for end in ("*.safetensors", "*.json") for file in Path(path).glob(end)]
+    """Name, size and change time of each weight, config and tokenizer file of a local model folder; empty for a Hub
+    name."""
+    ends = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt")
+    files = [file for end in ends for file in Path(path).glob(end)]
     return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in sorted(files)]
 
 

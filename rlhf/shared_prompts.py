@@ -188,7 +188,9 @@ def shared_attention(
 
 
 def can_share(model: Any) -> bool:
-    """True for models whose attention goes through transformers' interface with sdpa (or our kinds of it)."""
+    """True for models with sdpa attention (or our kinds of it) through transformers' interface, and plain keys."""
+    if hasattr(model.config.get_text_config(decoder=True), "kv_lora_rank"):  # latent attention
+        return False
     return getattr(model, "_supports_attention_backend", False) and model.config._attn_implementation in (
         "sdpa",
         TREE_ATTENTION,

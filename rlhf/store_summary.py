@@ -26,8 +26,10 @@ def store_summary(folder: Path) -> dict[str, Any]:
     """One store: identity, settings, bytes on disk, its shards by state (see `read_state`), and the rows' `Figures`."""
     try:
         settings = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
-        count, size = settings.pop("items"), settings.pop("items_per_shard")
-    except (OSError, ValueError, KeyError) as error:
+        count, size = int(settings.pop("items")), int(settings.pop("items_per_shard"))
+        if count < 0 or size < 1:
+            raise ValueError(f"{count} items, {size} a shard")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{folder / 'settings.json'} cannot be read: {error!r}") from error
     states: dict[str, list[int]] = {"done": [], "claimed": [], "missing": [], "damaged": []}
     figures = Figures()
@@ -42,9 +44,17 @@ def store_summary(folder: Path) -> dict[str, Any]:
         "shards": {name: len(numbers) for name, numbers in states.items()},
         "damaged_shards": [str(shard_path(folder, shard)) for shard in states["damaged"]],
         **figures.summary(),
-        "bytes": sum(path.stat().st_size for path in folder.iterdir()),
+        "bytes": sum(map(_size, folder.iterdir())),
         "settings": settings,
     }
+
+
+def _size(path: Path) -> int:
+    """Bytes; 0 for a file that a process has renamed or removed since it was listed."""
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0
 
 
 def read_state(folder: Path, shard: int) -> tuple[str, list[Row]]:

@@ -67,6 +67,19 @@ def test_the_table_says_the_same_and_shows_no_prompt(folder, capsys, monkeypatch
     assert "secret" not in shown
 
 
+@pytest.mark.parametrize("text", ["[]", '{"items": "x", "items_per_shard": 2}', '{"items": 4, "items_per_shard": 0}'])
+def test_settings_that_cannot_be_read_are_named(folder, text):
+    (folder / "settings.json").write_text(text)
+    with pytest.raises(UserError, match="settings.json cannot be read"):
+        main(["--output_dir", str(folder.parents[1])])
+
+
+def test_files_that_vanish_while_it_looks_do_no_harm(folder, monkeypatch):
+    listed = Path.iterdir
+    monkeypatch.setattr(Path, "iterdir", lambda path: [*listed(path), path / "renamed.tmp"])
+    main(["--output_dir", str(folder.parents[1])])
+
+
 def test_rows_of_other_stages():
     pairs, scores = Figures(), Figures()
     for row in ({"index": 0, "unfinished": 1}, {"index": 0, "unfinished": 0}, {"index": 1, "skipped": "identical"}):

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -22,6 +23,7 @@ from rlhf import rejection_sampling, shards
 from rlhf.draw import sample_seeds
 from rlhf.models import load_tokenizer
 from rlhf.rejection_sampling import select, summarise
+from rlhf.samples import before_stop_string
 from rlhf.score_files import read_scores
 from rlhf.simulation.people import draw_prompts
 
@@ -315,6 +317,62 @@ def test_prompts_on_which_a_server_failed_are_tried_again(arguments, finished, t
     assert (tmp_path / "best.jsonl").read_text() == (finished[0] / "best.jsonl").read_text()
 
 
+def drawn_prompts(arguments, folder, monkeypatch, **extra: str) -> int:
+    """Prompts that a start samples, where an earlier one was killed before its end."""
+    drawn = []
+    rows = rejection_sampling.Worker.rows
+    with monkeypatch.context() as patch:
+        patch.setattr(rejection_sampling.Worker, "rows", lambda w, p, i: (drawn.extend(i), rows(w, p, i))[1])
+        (folder / "summary.json").unlink(missing_ok=True)
+        run(arguments, folder, **extra)
+    return len(drawn)
+
+
+def test_what_shapes_no_sample_samples_nothing_again_and_all_else_does(arguments, tmp_path, monkeypatch):
+    policy = tmp_path / "policy"
+    shutil.copytree(arguments["model_name_or_path"], policy)
+    arguments = arguments | {"model_name_or_path": str(policy)}
+    run(arguments, tmp_path / "run")
+    for name, value in {"token_budget": "4096", "min_score": "-9", "score_token_budget": "512", "lora_r": "4"}.items():
+        assert drawn_prompts(arguments, tmp_path / "run", monkeypatch, **{name: value}) == 0, name
+    for name, value in {"temperature": "1.1", "top_p": "0.9", "min_p": "0.1", "seed": "5", "stop_strings": "a"}.items():
+        assert drawn_prompts(arguments, tmp_path / "run", monkeypatch, **{name: value}) == 10, name
+    template = "{% for m in messages %}{% if m.role == 'user' %}<s>Q {{ m.content }} A:{% else %}"
+    template += "{% generation %}{{ m.content }}</s>{% endgeneration %}{% endif %}{% endfor %}"
+    tokenizer = load_tokenizer(str(policy))
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(policy)
+    assert drawn_prompts(arguments, tmp_path / "run", monkeypatch) == 10, "another chat template is another prompt"
+
+
+def test_a_finished_run_notices_other_prompts_under_the_same_name(arguments, tmp_path):
+    prompts = tmp_path / "prompts.jsonl"
+    write_rows(prompts, prompt_rows(6))
+    assert run(arguments, tmp_path / "run", prompt_files=str(prompts))["prompts"] == 6
+    write_rows(prompts, prompt_rows(4))
+    assert run(arguments, tmp_path / "run", prompt_files=str(prompts))["prompts"] == 4
+
+
+def test_what_is_trained_does_not_say_the_stop_string(arguments, tmp_path):
+    run(arguments, tmp_path, stop_strings="e", max_new_tokens="30")
+    rows = stored(tmp_path)
+    assert not any("e" in text for row in rows for text in row["responses"])
+    tokenizer = load_tokenizer(arguments["model_name_or_path"])
+    ends = [
+        finished and "e" in tokenizer.decode(ids[-1:])
+        for row in rows
+        for ids, finished in zip(row["response_ids"], row["finished"], strict=True)
+    ]
+    assert any(ends), "some responses end by the string, which stays in their ids"
+    assert before_stop_string("one. two\nHuman: three", ["Human:", "two"]) == "one. "
+    assert before_stop_string("one", []) == "one"
+
+
+def test_a_policy_without_an_output_layer_is_refused(arguments, tmp_path):
+    with pytest.raises(UserError, match="no causal language model: it lacks the weights lm_head.weight"):
+        run(arguments, tmp_path, model_name_or_path=arguments["safety_model_path"])
+
+
 def test_gold_scores_stand_beside_the_rewards(arguments, tmp_path):
     prompts = write_rows(tmp_path / "world.jsonl", draw_prompts(0, 8))
     summary = run(arguments, tmp_path / "run", prompt_files=prompts, gold="simulated", keep_unfinished="true")
@@ -330,6 +388,10 @@ def test_gold_scores_stand_beside_the_rewards(arguments, tmp_path):
         ("safety_threshold", "1.5", "safety_threshold"),
         ("max_failed_share", "1", "max_failed_share"),
         ("min_score", "nan", "min_score must be a number"),
+        ("use_peft", "true", "use_peft and freeze_embeddings are for training"),
+        ("score_token_budget", "0", "score_token_budget must be at least 1"),
+        ("stop_token_ids", "99999", "stop_token_ids: 99999 is not among"),
+        ("attn_implementation", "flash_attention_2", "no causal language model can be loaded|needs sdpa or eager"),
         ("max_new_tokens", "600", "max_new_tokens 600 leaves no room"),
         ("max_new_tokens", "490", "prompt too long"),
     ],

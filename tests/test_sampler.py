@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.generation.logits_process import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from configs.errors import UserError
@@ -279,6 +279,46 @@ def test_the_two_parts_of_shared_attention_join_to_plain_attention():
     assert shared.calls == 1
 
 
+@pytest.mark.parametrize(("rows", "steps"), [(8, 16), (4, 2), (32, 1)])
+def test_prompts_that_take_the_slots_of_others_are_read_anew(model, rows, steps):
+    """Nothing ends but by length, so that all rows end at once and the next prompts get the same slots."""
+    prompts = [[5 + i % 30] * (1 + i * 7 % 23) for i in range(40)]
+    settings = SamplingSettings(max_new_tokens=steps)
+    batches = [
+        sample(model, prompts, 4, settings, stop_ids=[], pad_id=PAD, max_rows=rows, share_prompts=share)
+        for share in (True, False)
+    ]
+    assert batches[0].response_ids == batches[1].response_ids
+    for one, other in zip(batches[0].model_logprobs, batches[1].model_logprobs, strict=True):
+        assert one == pytest.approx(other, abs=1e-5)
+
+
+def test_models_that_the_sampler_cannot_serve_are_refused(model, monkeypatch):
+    for name, value in (("_attn_implementation", "flash_attention_2"), ("alibi", True)):
+        with monkeypatch.context() as patch:
+            patch.setattr(model.config, name, value, raising=False)
+            with pytest.raises(UserError, match="sdpa or eager|ALiBi"):
+                run(model, [[5]])
+    with pytest.raises(UserError, match="stop_token_ids: 40 is not among the 40 token ids"):
+        run(model, [[5]], stop_token_ids=[40])
+
+
+def test_latent_attention_gets_copied_prompts():
+    torch.manual_seed(0)
+    config = DeepseekV3Config(
+        vocab_size=VOCAB, hidden_size=32, intermediate_size=48, moe_intermediate_size=16, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=4, q_lora_rank=8, kv_lora_rank=8, qk_rope_head_dim=4,
+        qk_nope_head_dim=4, v_head_dim=8, n_routed_experts=4, n_group=1, topk_group=1, num_experts_per_tok=2,
+        first_k_dense_replace=1, max_position_embeddings=64, pad_token_id=PAD,
+    )  # fmt: skip
+    network = DeepseekV3ForCausalLM(config)
+    batch = run(network, ragged_prompts(3), k=2, max_new_tokens=6)
+    for i, response in enumerate(batch.response_ids):
+        logits = forced_logits(network, ragged_prompts(3)[i // 2], response).log_softmax(-1)
+        expected = logits.gather(1, torch.tensor(response)[:, None]).squeeze(1)
+        torch.testing.assert_close(torch.tensor(batch.model_logprobs[i]).double(), expected, atol=1e-4, rtol=0)
+
+
 def test_models_whose_attention_is_their_own_get_copied_prompts(model, forwards):
     model.set_attn_implementation("eager")
     eager = run(model, ragged_prompts(4), k=3, max_new_tokens=8)
@@ -444,6 +484,7 @@ def test_too_long_or_empty_prompts_are_refused_before_sampling(model):
     [
         {"temperature": -1.0},
         {"temperature": math.nan},
+        {"temperature": 1e-40},
         {"top_p": 0.0},
         {"top_k": -1},
         {"max_new_tokens": 0},

@@ -68,6 +68,12 @@ def test_session_draws_anew_each_turn(model):
     assert again.reply([[5], [5]], settings, seed=3) == first
 
 
+def test_session_refuses_stop_strings(model):
+    session = DialogueSession(model, PAD, [STOP], max_length=40)
+    with pytest.raises(UserError, match="stop_strings"):
+        session.reply([[5]], SamplingSettings(stop_strings=["a"]))
+
+
 def test_session_refuses_a_dialogue_past_its_limit(model):
     settings = SamplingSettings(max_new_tokens=8)
     session = DialogueSession(model, PAD, [STOP], max_length=40)
