@@ -205,6 +205,19 @@ def _run_forked(stage: Stage, log: Path) -> None:
             sys.exit(1)
 
 
+def _clear(folder: Path) -> None:
+    """Empties a stage's folder but for `shards/`: the store knows by itself which of its rows the new settings and
+    inputs would sample again just so (rlhf/shards.py), and they may have cost days."""
+    # stage.yaml goes last: killed before that, the next start still sees that the rest is of other settings.
+    for path in sorted(folder.iterdir(), key=lambda path: path.name == "stage.yaml"):
+        if path.name == "shards":
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
 def run_stages(stages: list[Stage], parallel: int, console: Console) -> None:
     """Runs the stages that are not done; a stage starts when all that it needs is done.
 
@@ -220,7 +233,7 @@ def run_stages(stages: list[Stage], parallel: int, console: Console) -> None:
     for stage in waiting:
         stale = not stage.begun or any(need not in done for need in stage.needs)
         if stale and (stage.folder / "stage.yaml").exists():
-            shutil.rmtree(stage.folder)  # its checkpoints and shards are of other settings or of other inputs
+            _clear(stage.folder)  # its checkpoints are of other settings or of other inputs
     if parallel == 1:
         for i, stage in enumerate(waiting):
             console.print(f"[bold]{stage.name}[/bold] ({i + 1} of {len(waiting)}) ...")

@@ -64,6 +64,22 @@ def test_a_stage_is_made_anew_from_nothing_but_goes_on_where_it_was_killed(tmp_p
     assert not checkpoint.exists()
 
 
+def test_a_changed_stage_keeps_its_store_and_nothing_else(tmp_path):
+    stages = [stage("a")]
+    main(config(tmp_path, stages))
+    folder = tmp_path / "out" / "a"
+    for name in ("shards/0123", "checkpoint-7", "checkpoint-7/shards"):
+        (folder / name).mkdir(parents=True)
+        (folder / name / "00000.jsonl.gz").write_bytes(b"rows")
+    (folder / "old.json").write_text("{}")
+    stages[0]["settings"]["rl_prompts"] = 3
+    main(config(tmp_path, stages))
+    assert (folder / "shards/0123/00000.jsonl.gz").read_bytes() == b"rows"
+    assert not (folder / "checkpoint-7").exists()
+    assert not (folder / "old.json").exists()
+    assert yaml.safe_load((folder / "stage.yaml").read_text())["rl_prompts"] == 3
+
+
 def test_settings_are_filled_in(tmp_path):
     stages = [
         stage("a"),
