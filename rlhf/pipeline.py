@@ -38,6 +38,7 @@ from rich.console import Console
 
 from configs.errors import UserError
 from configs.row_files import JSON_SUFFIXES
+from rlhf.claims import alone
 from rlhf.cli import check, entry, parse
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -294,12 +295,13 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
     check_stages(stages)
     console = Console(highlight=False)
     started = time.time()
-    console.print(f"[bold]{len(stages)} stages[/bold] -> {settings.output_dir}")
-    run_stages(stages, settings.parallel_stages, console)
-    if not settings.report:
-        return {}
-    report = importlib.import_module(f"rlhf.{settings.report}")
-    return report.write(Path(settings.output_dir), wall_seconds=round(time.time() - started, 1), console=console)
+    with alone(settings.output_dir):
+        console.print(f"[bold]{len(stages)} stages[/bold] -> {settings.output_dir}")
+        run_stages(stages, settings.parallel_stages, console)
+        if not settings.report:
+            return {}
+        report = importlib.import_module(f"rlhf.{settings.report}")
+        return report.write(Path(settings.output_dir), wall_seconds=round(time.time() - started, 1), console=console)
 
 
 if __name__ == "__main__":

@@ -37,6 +37,7 @@ from rich.table import Table
 from configs.errors import UserError
 from configs.rounds_settings import RoundsSettings
 from rlhf import rounds_report
+from rlhf.claims import alone
 from rlhf.cli import entry, parse
 from rlhf.models import save_first_layers
 from rlhf.pipeline import ROOT, check_stages, fill, run_stages
@@ -51,6 +52,12 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
     (settings,) = parse(RoundsSettings, args=args)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("start the rounds as one process: --num_processes 1")
+    with alone(settings.output_dir):
+        return run_rounds(settings)
+
+
+def run_rounds(settings: RoundsSettings) -> dict[str, Any]:
+    """`main` without the claim on the folder."""
     output_dir, console = Path(settings.output_dir), Console(highlight=False)
     stages = round_stages(settings, student_path(settings))
     labelled = [stage.settings["import_labels"] for stage in stages if "import_labels" in stage.settings]

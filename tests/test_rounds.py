@@ -12,6 +12,7 @@ from transformers import LlamaForCausalLM
 from configs.errors import UserError
 from configs.rounds_settings import RoundsSettings
 from rlhf import rejection_sampling, rounds, rounds_report
+from rlhf.claims import claim
 from rlhf.round_stages import round_stages
 from rlhf.simulation.people import draw_prompts
 
@@ -145,6 +146,16 @@ def test_only_the_pool_and_what_follows_change_with_last(tiny, tmp_path):
     stages = {pool: round_stages(RoundsSettings(**tiny, output_dir="out", pool=pool), "") for pool in ("all", "last")}
     differ = [a.name for a, b in zip(stages["all"], stages["last"], strict=True) if a.settings != b.settings]
     assert differ == ["v1/pool_samples", "v2/pool_samples"]
+
+
+def test_two_commands_on_one_folder_are_kept_apart(tiny, tmp_path):
+    (tmp_path / "out").mkdir()
+    with (
+        claim(tmp_path / "out" / "rounds.lock"),
+        pytest.raises(UserError, match=f"another command runs the stages of {tmp_path}/out"),
+    ):
+        rounds.main(config(tmp_path, tiny))
+    assert finished(tmp_path) == {}
 
 
 COLLECT = {"prompt_files": ["prompts.jsonl"], "annotator": "simulated", "use_cpu": True}
