@@ -25,6 +25,8 @@ from pathlib import Path
 if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # launched by path, Python puts rlhf/ first
 
+import hashlib
+import json
 import os
 from dataclasses import asdict
 from typing import Any
@@ -45,6 +47,7 @@ from rlhf.plots import STYLE
 from rlhf.report import WIDTH
 from rlhf.round_stages import round_stages, waiting_for_people
 from rlhf.run import RunFolder, numbers, write_atomic
+from rlhf.shards import weights_stamp
 
 
 def main(args: list[str] | None = None) -> dict[str, Any]:
@@ -87,7 +90,9 @@ def student_path(settings: RoundsSettings) -> str:
     path = fill(settings.student_model_path, names)
     if not settings.student_layers:
         return path
-    folder = Path(settings.output_dir) / f"student-{settings.student_layers}-layers"
+    # By source: of another model, or of one that was trained again, it is another student.
+    source = hashlib.sha256(json.dumps([path, weights_stamp(path)]).encode()).hexdigest()[:8]
+    folder = Path(settings.output_dir) / f"student-{settings.student_layers}-layers-{source}"
     folder.parent.mkdir(parents=True, exist_ok=True)
     try:
         return str(save_first_layers(path, settings.student_layers, folder))

@@ -158,6 +158,23 @@ def test_two_commands_on_one_folder_are_kept_apart(tiny, tmp_path):
     assert finished(tmp_path) == {}
 
 
+def test_a_student_cut_from_another_model_is_another_student(tiny, tmp_path):
+    def student(path: str, layers: int = 1) -> str:
+        given = RoundsSettings(**tiny, output_dir=str(tmp_path), student_model_path=path, student_layers=layers)
+        return rounds.student_path(given)
+
+    other = save_tiny_policy(tmp_path / "other", max_position_embeddings=2048)
+    first = student(tiny["base_model_path"])
+    assert student(tiny["base_model_path"]) == first
+    second = student(other)
+    save_tiny_policy(tmp_path / "other", max_position_embeddings=1024)  # made anew in its place
+    third = student(other)
+    assert len({first, second, third}) == 3
+    assert LlamaForCausalLM.from_pretrained(third).config.max_position_embeddings == 1024
+    with pytest.raises(UserError, match="student_model_path: 97 layers are asked for, but the model has"):
+        student(other, 97)
+
+
 COLLECT = {"prompt_files": ["prompts.jsonl"], "annotator": "simulated", "use_cpu": True}
 
 
