@@ -159,14 +159,14 @@ def check_stages(stages: list[Stage], awaited: Collection[str] = ()) -> None:
             except UserError as error:
                 raise UserError(f"stage {stage.name}: {str(error).replace(f'{config}: ', '')}") from error
             made = {earlier.folder for earlier in stages[:i]}
-            for name, value in _inputs(stage.settings):
+            for name, value in inputs(stage.settings):
                 if value in awaited or made & {Path(value), *Path(value).parents} or Path(value).exists():
                     continue
                 if _local(value):
                     raise UserError(f"stage {stage.name}: {name}: {value} does not exist")
 
 
-def _inputs(settings: dict[str, Any]) -> Iterator[tuple[str, str]]:
+def inputs(settings: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """(field, text) of everything that a stage's settings name to be read."""
     for name, value in settings.items():
         if (name.endswith(INPUT_ENDINGS) or name == "import_labels") and name != "reject_file":

@@ -42,7 +42,7 @@ from rlhf import rounds_report
 from rlhf.claims import alone
 from rlhf.cli import entry, parse
 from rlhf.models import save_first_layers
-from rlhf.pipeline import ROOT, check_stages, fill, run_stages
+from rlhf.pipeline import ROOT, check_stages, fill, inputs, run_stages
 from rlhf.plots import STYLE
 from rlhf.report import WIDTH
 from rlhf.round_stages import round_stages, waiting_for_people
@@ -62,9 +62,13 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
 def run_rounds(settings: RoundsSettings) -> dict[str, Any]:
     """`main` without the claim on the folder."""
     output_dir, console = Path(settings.output_dir), Console(highlight=False)
-    stages = round_stages(settings, student_path(settings))
+    student = student_path(settings)
+    stages = round_stages(settings, student)
     labelled = [stage.settings["import_labels"] for stage in stages if "import_labels" in stage.settings]
     check_stages(stages, awaited=labelled)
+    # Rounds that by_round plans beyond `rounds`: a misspelt field shows now, but their files may be made until then.
+    planned = round_stages(settings, student, max([settings.rounds, *map(int, settings.by_round)]))[len(stages) :]
+    check_stages(planned, awaited=[value for stage in planned for _, value in inputs(stage.settings)])
     run = RunFolder(output_dir, asdict(settings), "rounds")
     console.print(f"[bold]{settings.rounds} rounds, {len(stages)} stages[/bold] -> {output_dir}")
     waiting = waiting_for_people(stages)
