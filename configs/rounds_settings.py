@@ -1,6 +1,6 @@
 """Settings of rounds of rejection sampling: `rlhf/rounds.py` and the two stages of its own that pool earlier rounds."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from configs.errors import UserError
@@ -9,6 +9,10 @@ BLOCKS = (
     *("collect_preferences", "reward_helpfulness", "reward_safety", "rejection_sampling", "pool_samples", "sft"),
     *("evaluate_policy", "student_sft"),
 )
+RETRAINING = ("collect_preferences", "reward_helpfulness", "reward_safety")  # blocks from retrain_from_round on
+# Fields of PoolSettings that only scoring anew uses.
+ONLY_RESCORED = ("helpfulness_model_path", "safety_model_path", "safety_threshold", "chat_format", "dtype",
+                 "score_token_budget")  # fmt: skip
 Block = dict[str, Any]
 
 
@@ -75,17 +79,28 @@ class RoundsSettings:
         if self.student_sft and not self.student_model_path:
             raise UserError("student_sft is set, but student_model_path names no model")
         if not self.retrain_from_round:
-            unused = [name for name in ("collect_preferences", "reward_helpfulness", "reward_safety", "preference_dirs")
-                      if getattr(self, name)]  # fmt: skip
+            unused = [name for name in (*RETRAINING, "preference_dirs") if getattr(self, name)]
             if unused:
                 raise UserError(f"{', '.join(unused)}: without effect as long as retrain_from_round is 0")
+        seen: dict[int, Any] = {}
         for key, blocks in self.by_round.items():
             if not str(key).isdigit() or int(key) < 1:
                 raise UserError(f"by_round: {key!r} is no round; its keys are 1, 2, ...")
+            if int(key) in seen:
+                raise UserError(f"by_round: {seen[int(key)]!r} and {key!r} are the same round; put them together")
+            seen[int(key)] = key
             if not isinstance(blocks, dict) or not all(isinstance(block, dict) for block in blocks.values()):
                 raise UserError(f"by_round: {key} must hold blocks of fields, such as rejection_sampling: {{...}}")
             if unknown := blocks.keys() - set(BLOCKS):
                 raise UserError(f"by_round: {key} has unknown blocks {sorted(unknown)}; use {', '.join(BLOCKS)}")
+            trained = self.retrain_from_round and int(key) >= self.retrain_from_round
+            if not trained and (unused := [name for name in RETRAINING if name in blocks]):
+                raise UserError(
+                    f"by_round: {key}: {', '.join(unused)}: without effect, as retrain_from_round is "
+                    f"{self.retrain_from_round}"
+                )
+            if "student_sft" in blocks and not self.student_model_path:
+                raise UserError(f"by_round: {key}: student_sft is set, but student_model_path names no model")
 
     def block(self, name: str, number: int) -> Block:
         """The fields of a block in round `number` (from 1)."""
@@ -143,8 +158,19 @@ class PoolSettings:
         named = bool(self.helpfulness_model_path) + bool(self.safety_model_path)
         if self.rank_by == "rescored" and named < 2:
             raise UserError("rank_by: rescored needs helpfulness_model_path and safety_model_path")
-        if self.rank_by != "rescored" and named:
-            raise UserError(f"helpfulness_model_path and safety_model_path have no effect with rank_by: {self.rank_by}")
+        if self.rank_by != "rescored":
+            given = {one.name: one.default for one in fields(self) if one.name in ONLY_RESCORED}
+            if idle := [name for name, default in given.items() if getattr(self, name) != default]:
+                raise UserError(
+                    f"{', '.join(idle)}: no effect with rank_by: {self.rank_by}; leave out, or use rescored"
+                )
+        if self.score_token_budget < 1:
+            raise UserError(f"score_token_budget must be at least 1, not {self.score_token_budget}")
+        if self.pool == "last" and len(self.round_shares) > 1:
+            raise UserError(
+                f"round_shares: with pool: last only the newest round counts, so {self.round_shares[1:]} would have no "
+                "effect; give one share"
+            )
 
 
 @dataclass(kw_only=True)

@@ -57,3 +57,23 @@ def is_claimed(lock_file: Path) -> bool:
     finally:
         os.close(descriptor)
     return False
+
+
+@contextmanager
+def alone(output_dir: str | Path) -> Iterator[None]:
+    """Inside it, no other command of rlhf/pipeline.py or rlhf/rounds.py works on this folder: one would remove stages
+    that the other is making. UserError where one is at work already."""
+    if int(os.environ.get("RANK", "0")):  # of several processes the main one has the claim for all
+        yield
+        return
+    folder = Path(output_dir)
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"output_dir {folder} is a file; name a folder")
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    with claim(folder / "rounds.lock") as mine:
+        if not mine:
+            raise UserError(
+                f"output_dir: another command runs the stages of {folder}; wait for its end, or name another folder"
+            )
+        yield

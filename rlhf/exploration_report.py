@@ -93,6 +93,8 @@ def sentences(figures: Json) -> list[str]:
         f"{k * run['seconds_per_response']:.3g} s here. KL of best-of-{k} to the policy at that temperature: at most "
         f"{best_of_n_kl(k):.2f} nats."
     )
+    if left_out := figures.get("prompts_left_out"):
+        lines.append(f"{left_out} prompts are left out, because not every run has samples of them.")
     if "gold_peak" in run:
         peak = run["gold_peak"]
         found = "over-optimised" if peak["over_optimised"] else "no over-optimisation seen"

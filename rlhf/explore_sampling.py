@@ -16,6 +16,7 @@ Writes summary.json, exploration.json (every curve), report.md and plots/.
 import gc
 import json
 import sys
+from collections import Counter
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from accelerate import PartialState
 from rich.console import Console
 from rich.text import Text
 
+from configs.engine_settings import NOT_SAMPLED
 from configs.errors import UserError
 from configs.explore_settings import ExploreModelSettings, ExploreSettings, check_source
 from configs.model_settings import RunSettings
@@ -44,10 +46,13 @@ from rlhf.run import RunFolder, numbers, write_atomic
 from rlhf.score_files import NAME, read_scores
 
 Json = dict[str, Any]
+Arrays = dict[str, np.ndarray]
 # What the runs of one exploration may differ in: not in what is sampled, only in how hot and where it was computed.
 MAY_DIFFER = (
+    *NOT_SAMPLED,
     *("temperature", "output_dir", "report_to", "logging_steps", "resume", "use_cpu", "seed", "min_score", "dtype"),
     *("prompts_per_shard", "token_budget", "score_token_budget", "max_reject_share", "attn_implementation"),
+    *("use_peft", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "freeze_embeddings"),  # of training
     *("prompt_files", "max_prompts", "max_prompt_tokens"),  # the prompts themselves are compared
 )
 
@@ -65,7 +70,7 @@ def main(args: list[str] | None = None) -> Json:
         return done
     state = PartialState(cpu=run.use_cpu)
     if settings.from_runs:
-        loaded = load_runs(settings.from_runs)  # before the folder is touched
+        loaded, left_out = load_runs(settings.from_runs)  # before the folder is touched
         if (samples := loaded[0][0]["combined"].shape[1]) < settings.affordable_samples:
             raise UserError(
                 f"affordable_samples is {settings.affordable_samples}, but the runs have {samples} samples a prompt"
@@ -75,11 +80,12 @@ def main(args: list[str] | None = None) -> Json:
         folder = RunFolder(output_dir, resolved, "explore_sampling")
         cells = sample_cells(settings, model, run, state, console)
         state.wait_for_everyone()  # until the main process has written the last scores.npz
-        loaded = load_runs(cells)
+        loaded, left_out = load_runs(cells)
 
     affordable = settings.affordable_samples or loaded[0][0]["combined"].shape[1]
     runs = [explore(arrays, keep_unfinished) for arrays, keep_unfinished in loaded]
     figures, curves = analyse(runs, loaded[0][0]["is_safety"], affordable, settings.min_gain, run.seed)
+    figures["prompts_left_out"] = left_out
     figures["from"] = settings.from_runs or [str(cell) for cell in cells]
     folder.log(0, numbers(figures))
     if state.is_main_process:
@@ -115,30 +121,63 @@ def sample_cells(
     return folders
 
 
-def load_runs(folders: list[Any]) -> list[tuple[Json, bool]]:
-    """(arrays, keep_unfinished) of each run folder, by rising temperature.
+def load_runs(folders: list[Any]) -> tuple[list[tuple[Arrays, bool]], int]:
+    """(arrays, keep_unfinished) of each run folder, by rising temperature, over the prompts that all runs have; and the
+    number of prompts left out because a run failed on them.
 
     UserError where one is unfinished or damaged, has the temperature of another, other prompts, or other settings.
     """
     loaded = []
     for folder in folders:
-        if (RunFolder.completed(folder) or {}).get("stage") != "rejection_sampling":
+        summary = RunFolder.completed(folder) or {}
+        if summary.get("stage") != "rejection_sampling":
             raise UserError(f"from_runs: {folder} holds no finished run of rlhf/rejection_sampling.py")
         settings = yaml.safe_load((Path(folder) / "settings.yaml").read_text(encoding="utf-8"))
-        loaded.append((folder, settings, read_scores(folder)))
+        loaded.append((folder, settings, read_scores(folder), summary.get("failed", 0)))
     loaded.sort(key=lambda each: float(each[2]["temperature"][0]))
-    first, settings, arrays = loaded[0]
-    for before, (folder, other_settings, other) in zip(loaded, loaded[1:], strict=False):
+    first, settings, arrays, _ = loaded[0]
+    for before, (folder, other_settings, other, _) in zip(loaded, loaded[1:], strict=False):
         if other["temperature"][0] == before[2]["temperature"][0]:
             raise UserError(f"from_runs: {before[0]} and {folder} have the same temperature, {other['temperature'][0]}")
-        if not np.array_equal(other["prompt_id"], arrays["prompt_id"]):
-            raise UserError(f"from_runs: {first} and {folder} have other prompts; temperatures need the same ones")
         names = sorted((settings.keys() | other_settings.keys()) - set(MAY_DIFFER))
         if differ := [name for name in names if settings.get(name) != other_settings.get(name)]:
             raise UserError(
                 f"from_runs: {first} and {folder} differ in {', '.join(differ)}; only temperatures may differ"
             )
-    return [(arrays, bool(settings["keep_unfinished"])) for _, settings, arrays in loaded]
+    shared, left_out = shared_prompts([(folder, arrays, failed) for folder, _, arrays, failed in loaded])
+    return [(arrays, bool(settings["keep_unfinished"])) for arrays in shared], left_out
+
+
+def shared_prompts(runs: list[tuple[Any, Arrays, int]]) -> tuple[list[Arrays], int]:
+    """The arrays of each run for the prompts that all runs have, in one order, and how many others there are.
+
+    `runs`: (folder, arrays, number of prompts that it failed on) of each. UserError where a run lacks more than it
+    failed on, being one of other prompts, and where none are shared.
+    """
+    named = [_occurrences(arrays["prompt_id"]) for _, arrays, _ in runs]
+    known = set().union(*named)
+    for mine, (folder, _, failed) in zip(named, runs, strict=True):
+        if len(known) - len(mine) > failed:
+            other = next(run[0] for theirs, run in zip(named, runs, strict=True) if theirs.keys() - mine.keys())
+            raise UserError(f"from_runs: {other} and {folder} have other prompts; temperatures need the same ones")
+    shared = [name for name in named[0] if all(name in mine for mine in named)]
+    if not shared:
+        raise UserError("from_runs: the runs failed on so many prompts that they have none in common")
+    arrays = [
+        {name: array if name == "temperature" else array[[mine[key] for key in shared]] for name, array in run.items()}
+        for mine, (_, run, _) in zip(named, runs, strict=True)
+    ]
+    return arrays, len(known) - len(shared)
+
+
+def _occurrences(ids: np.ndarray) -> dict[tuple[str, int], int]:
+    """(id, how often it came before) -> its place: a file may have a prompt twice."""
+    seen: Counter[str] = Counter()
+    places = {}
+    for place, name in enumerate(ids.tolist()):
+        places[name, seen[name]] = place
+        seen[name] += 1
+    return places
 
 
 def _write(output_dir: Path, figures: Json, curves: list[Json]) -> None:

@@ -135,7 +135,9 @@ def add_lora(model: PreTrainedModel, settings: ModelSettings) -> PeftModel:
 
 
 def first_layers(config: PretrainedConfig, layers: int) -> dict[str, Any]:
-    """The fields of `config` that change where only the first `layers` layers are kept."""
+    """The fields of `config` that change where only its first `layers` are kept. UserError where it has fewer."""
+    if layers > config.num_hidden_layers:  # the others would be made up at random
+        raise UserError(f"{layers} layers are asked for, but the model has {config.num_hidden_layers}")
     kinds = getattr(config, "layer_types", None)
     return {"num_hidden_layers": layers} | ({} if kinds is None else {"layer_types": kinds[:layers]})
 
@@ -144,10 +146,19 @@ def save_first_layers(path: str, layers: int, folder: str | Path) -> Path:
     """Write the first `layers` layers of the model at `path`, its embeddings, head and tokenizer to `folder`.
 
     A folder that is there is kept: it is written beside its place and moved there whole. What the upper layers had
-    learnt is lost, and the head was made for them: such a model wants training. UserError where it cannot be loaded.
+    learnt is lost, and the head was made for them: such a model wants training. UserError where the model cannot be
+    loaded or has fewer layers, and where the folder holds something else.
     """
     folder = Path(folder)
+    settings = {"model_name_or_path": path, "layers": layers}
+    card = model_card("first_layers", settings, {}, {})
     if folder.exists():
+        kept = folder / "README.md"
+        if not kept.exists() or kept.read_text(encoding="utf-8") != card:
+            raise UserError(
+                f"{folder} holds something other than the first {layers} layers of {path}; remove it, or name another "
+                "output_dir"
+            )
         return folder
     started = folder.with_name(f"{folder.name}.part")
     shutil.rmtree(started, ignore_errors=True)
@@ -160,8 +171,7 @@ def save_first_layers(path: str, layers: int, folder: str | Path) -> Path:
         raise UserError(f"no causal language model can be loaded from {path!r}: {error}") from error
     finally:
         transformers_logging.set_verbosity(before)
-    settings = {"model_name_or_path": path, "layers": layers}
-    save_policy(model, load_tokenizer(path), started, model_card("first_layers", settings, {}, {}))
+    save_policy(model, load_tokenizer(path), started, card)
     started.rename(folder)
     return folder
 

@@ -38,6 +38,7 @@ from rich.console import Console
 
 from configs.errors import UserError
 from configs.row_files import JSON_SUFFIXES
+from rlhf.claims import alone
 from rlhf.cli import check, entry, parse
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -158,14 +159,14 @@ def check_stages(stages: list[Stage], awaited: Collection[str] = ()) -> None:
             except UserError as error:
                 raise UserError(f"stage {stage.name}: {str(error).replace(f'{config}: ', '')}") from error
             made = {earlier.folder for earlier in stages[:i]}
-            for name, value in _inputs(stage.settings):
+            for name, value in inputs(stage.settings):
                 if value in awaited or made & {Path(value), *Path(value).parents} or Path(value).exists():
                     continue
                 if _local(value):
                     raise UserError(f"stage {stage.name}: {name}: {value} does not exist")
 
 
-def _inputs(settings: dict[str, Any]) -> Iterator[tuple[str, str]]:
+def inputs(settings: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """(field, text) of everything that a stage's settings name to be read."""
     for name, value in settings.items():
         if (name.endswith(INPUT_ENDINGS) or name == "import_labels") and name != "reject_file":
@@ -205,6 +206,19 @@ def _run_forked(stage: Stage, log: Path) -> None:
             sys.exit(1)
 
 
+def _clear(folder: Path) -> None:
+    """Empties a stage's folder but for `shards/`: the store knows by itself which of its rows the new settings and
+    inputs would sample again just so (rlhf/shards.py), and they may have cost days."""
+    # stage.yaml goes last: killed before that, the next start still sees that the rest is of other settings.
+    for path in sorted(folder.iterdir(), key=lambda path: path.name == "stage.yaml"):
+        if path.name == "shards":
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
 def run_stages(stages: list[Stage], parallel: int, console: Console) -> None:
     """Runs the stages that are not done; a stage starts when all that it needs is done.
 
@@ -220,7 +234,7 @@ def run_stages(stages: list[Stage], parallel: int, console: Console) -> None:
     for stage in waiting:
         stale = not stage.begun or any(need not in done for need in stage.needs)
         if stale and (stage.folder / "stage.yaml").exists():
-            shutil.rmtree(stage.folder)  # its checkpoints and shards are of other settings or of other inputs
+            _clear(stage.folder)  # its checkpoints are of other settings or of other inputs
     if parallel == 1:
         for i, stage in enumerate(waiting):
             console.print(f"[bold]{stage.name}[/bold] ({i + 1} of {len(waiting)}) ...")
@@ -281,12 +295,13 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
     check_stages(stages)
     console = Console(highlight=False)
     started = time.time()
-    console.print(f"[bold]{len(stages)} stages[/bold] -> {settings.output_dir}")
-    run_stages(stages, settings.parallel_stages, console)
-    if not settings.report:
-        return {}
-    report = importlib.import_module(f"rlhf.{settings.report}")
-    return report.write(Path(settings.output_dir), wall_seconds=round(time.time() - started, 1), console=console)
+    with alone(settings.output_dir):
+        console.print(f"[bold]{len(stages)} stages[/bold] -> {settings.output_dir}")
+        run_stages(stages, settings.parallel_stages, console)
+        if not settings.report:
+            return {}
+        report = importlib.import_module(f"rlhf.{settings.report}")
+        return report.write(Path(settings.output_dir), wall_seconds=round(time.time() - started, 1), console=console)
 
 
 if __name__ == "__main__":

@@ -106,7 +106,8 @@ def _key(messages: Sequence[Row]) -> tuple[tuple[str, str], ...]:
 def read_rounds(settings: PoolSettings, folder: Path) -> list[list[Row]]:
     """The rows of every file that counts; with `pool: last` the earlier ones stay unread and are empty.
 
-    UserError for a file without rows, or one that lacks what `rank_by` needs.
+    UserError for a file without rows, as a round leaves whose min_score nothing reached, or one that lacks what
+    `rank_by` needs.
     """
     needed = {"score": "score", "rescored": "is_safety"}.get(settings.rank_by)
     rounds: list[list[Row]] = []
@@ -114,6 +115,11 @@ def read_rounds(settings: PoolSettings, folder: Path) -> list[list[Row]]:
         if settings.pool == "last" and i + 1 < len(settings.sample_files):
             rounds.append([])
             continue
+        if Path(file).is_file() and Path(file).stat().st_size == 0:
+            raise UserError(
+                f"{file} is empty: its round kept no response. Lower or leave out its min_score; the summary.json "
+                "beside it counts why prompts were left out"
+            )
         rows = read_dialogues(
             file, reject_file=folder / "rejected.jsonl", max_reject_share=settings.max_reject_share
         ).rows

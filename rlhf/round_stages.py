@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from configs.errors import UserError
-from configs.rounds_settings import RoundsSettings
+from configs.rounds_settings import ONLY_RESCORED, RoundsSettings
 from rlhf.pipeline import PipelineSettings, Stage, fill, read_stages
 
 Row = dict[str, Any]
@@ -34,19 +34,19 @@ OWN = {
 }
 
 
-def round_stages(settings: RoundsSettings, student_path: str) -> list[Stage]:
-    """All stages of all rounds in their order, settings filled in.
+def round_stages(settings: RoundsSettings, student_path: str, rounds: int = 0) -> list[Stage]:
+    """All stages of all rounds (or of `rounds`, where given) in their order, settings filled in.
 
     `student_path` is the model that the student starts from, empty for none. UserError for a field in a block that the
     rounds set themselves, or a fine-tuning that leaves the pool out.
     """
     for name, fields in OWN.items():
-        for number in range(1, settings.rounds + 1):
+        for number in range(1, (rounds or settings.rounds) + 1):
             if own := sorted(settings.block(name, number).keys() & {*fields, "output_dir"}):
                 raise UserError(f"{name}: {', '.join(own)} cannot be set here; the rounds fill it in")
     rows: list[Row] = []
     state = _State(settings)
-    for number in range(1, settings.rounds + 1):
+    for number in range(1, (rounds or settings.rounds) + 1):
         rows += _one_round(settings, number, student_path, state)
     pipeline = PipelineSettings(rows, settings.output_dir, settings.seed, settings.parallel_stages)
     return read_stages(pipeline)
@@ -123,6 +123,9 @@ def _one_round(settings: RoundsSettings, number: int, student_path: str, state: 
     if (own | pool_block).get("rank_by") == "rescored":
         own |= models
         pool_block = {"use_cpu": block("rejection_sampling").get("use_cpu", False)} | pool_block
+    elif settings.pool == "all" and settings.retrain_from_round and "rank_by" not in pool_block:
+        # The block says how later rounds score anew; this one has the scores of one pair of models yet.
+        pool_block = {name: value for name, value in pool_block.items() if name not in ONLY_RESCORED}
     pooled = add("pool_samples", "pool_samples", [*state.sample_stages, *state.model_stages], own, pool_block)
 
     own = {"model_name_or_path": settings.base_model_path, "train_files": ["${pool}"]}

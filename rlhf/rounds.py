@@ -25,6 +25,8 @@ from pathlib import Path
 if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # launched by path, Python puts rlhf/ first
 
+import hashlib
+import json
 import os
 from dataclasses import asdict
 from typing import Any
@@ -37,13 +39,15 @@ from rich.table import Table
 from configs.errors import UserError
 from configs.rounds_settings import RoundsSettings
 from rlhf import rounds_report
+from rlhf.claims import alone
 from rlhf.cli import entry, parse
 from rlhf.models import save_first_layers
-from rlhf.pipeline import ROOT, check_stages, fill, run_stages
+from rlhf.pipeline import ROOT, check_stages, fill, inputs, run_stages
 from rlhf.plots import STYLE
 from rlhf.report import WIDTH
 from rlhf.round_stages import round_stages, waiting_for_people
 from rlhf.run import RunFolder, numbers, write_atomic
+from rlhf.shards import weights_stamp
 
 
 def main(args: list[str] | None = None) -> dict[str, Any]:
@@ -51,10 +55,20 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
     (settings,) = parse(RoundsSettings, args=args)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("start the rounds as one process: --num_processes 1")
+    with alone(settings.output_dir):
+        return run_rounds(settings)
+
+
+def run_rounds(settings: RoundsSettings) -> dict[str, Any]:
+    """`main` without the claim on the folder."""
     output_dir, console = Path(settings.output_dir), Console(highlight=False)
-    stages = round_stages(settings, student_path(settings))
+    student = student_path(settings)
+    stages = round_stages(settings, student)
     labelled = [stage.settings["import_labels"] for stage in stages if "import_labels" in stage.settings]
     check_stages(stages, awaited=labelled)
+    # Rounds that by_round plans beyond `rounds`: a misspelt field shows now, but their files may be made until then.
+    planned = round_stages(settings, student, max([settings.rounds, *map(int, settings.by_round)]))[len(stages) :]
+    check_stages(planned, awaited=[value for stage in planned for _, value in inputs(stage.settings)])
     run = RunFolder(output_dir, asdict(settings), "rounds")
     console.print(f"[bold]{settings.rounds} rounds, {len(stages)} stages[/bold] -> {output_dir}")
     waiting = waiting_for_people(stages)
@@ -80,7 +94,9 @@ def student_path(settings: RoundsSettings) -> str:
     path = fill(settings.student_model_path, names)
     if not settings.student_layers:
         return path
-    folder = Path(settings.output_dir) / f"student-{settings.student_layers}-layers"
+    # By source: of another model, or of one that was trained again, it is another student.
+    source = hashlib.sha256(json.dumps([path, weights_stamp(path)]).encode()).hexdigest()[:8]
+    folder = Path(settings.output_dir) / f"student-{settings.student_layers}-layers-{source}"
     folder.parent.mkdir(parents=True, exist_ok=True)
     try:
         return str(save_first_layers(path, settings.student_layers, folder))

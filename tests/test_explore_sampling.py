@@ -11,6 +11,7 @@ from tiny_models import prompt_rows, save_tiny_reward_model, write_rows
 
 from configs.errors import UserError
 from rlhf import explore_sampling, rejection_sampling
+from rlhf.explore_sampling import shared_prompts
 from rlhf.score_files import read_scores
 from rlhf.simulation.people import draw_prompts
 
@@ -147,8 +148,45 @@ def test_runs_that_cannot_be_compared_are_refused(finished, tmp_path, no_plots):
     with pytest.raises(UserError, match=r"scores.npz: no such file"):
         read(tmp_path / "out", cold, hot)
     (tmp_path / "kept.npz").rename(hot / "scores.npz")
-    other_device = altered(hot, tmp_path / "device", {"token_budget": 7, "dtype": "bfloat16"})
+    harmless = {"token_budget": 7, "dtype": "bfloat16", "server_concurrency": 3, "max_failed_share": 0.5, "lora_r": 4}
+    other_device = altered(hot, tmp_path / "device", harmless)
     assert read(tmp_path / "out", cold, other_device)["prompts"] == 9
+
+
+def without(source: Path, folder: Path, places: list[int], failed: int) -> Path:
+    """A copy of a run that lacks the prompts at these places, and says that it failed on so many."""
+    arrays = read_scores(source)
+    rest = {name: np.delete(array, places, axis=0) for name, array in arrays.items() if name != "temperature"}
+    made = altered(source, folder, **rest)
+    summary = json.loads((folder / "summary.json").read_text()) | {"failed": failed}
+    (folder / "summary.json").write_text(json.dumps(summary))
+    return made
+
+
+def test_runs_that_failed_on_different_prompts_share_the_others(finished, tmp_path, no_plots):
+    cold, hot = finished[0] / "T-0.8", finished[0] / "T-1.2"
+    first, second = without(cold, tmp_path / "first", [1], 1), without(hot, tmp_path / "second", [4, 8], 2)
+    found = read(tmp_path / "out", first, second)
+    assert (found["prompts"], found["prompts_left_out"]) == (6, 3)
+    assert "3 prompts are left out" in (tmp_path / "out" / "report.md").read_text()
+    kept = [0, 2, 3, 5, 6, 7]
+    for name, run in (("0.8", cold), ("1.2", hot)):
+        mean = read_scores(run)["combined"][kept].mean()
+        assert found["temperatures"][name]["best"]["combined"]["1"]["mean"] == pytest.approx(mean)
+    with pytest.raises(UserError, match="have other prompts"):
+        read(tmp_path / "none", cold, without(hot, tmp_path / "fewer", [4, 8], 1))
+    none = [without(run, tmp_path / f"half{i}", places, 5)
+            for i, (run, places) in enumerate(((cold, [0, 1, 2, 3]), (hot, [4, 5, 6, 7, 8])))]  # fmt: skip
+    with pytest.raises(UserError, match="none in common"):
+        read(tmp_path / "none", *none)
+
+
+def test_a_prompt_that_a_file_has_twice_stays_twice():
+    def run(*ids: str) -> dict:
+        return {"prompt_id": np.array(ids), "best": np.arange(len(ids)), "temperature": np.array([1.0])}
+
+    (one, two), left_out = shared_prompts([("a", run("x", "y", "x"), 1), ("b", run("z", "x", "x", "y"), 0)])
+    assert (one["best"].tolist(), two["best"].tolist(), left_out) == ([0, 1, 2], [1, 3, 2], 1)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import yaml
 from rich.console import Console
 
 from configs.errors import UserError
+from rlhf.claims import alone, claim, is_claimed
 from rlhf.pipeline import PipelineSettings, check_stages, main, read_stages, run_stages
 
 SMALL = {
@@ -62,6 +63,41 @@ def test_a_stage_is_made_anew_from_nothing_but_goes_on_where_it_was_killed(tmp_p
     stages[1]["settings"]["rl_prompts"] = 4  # b's checkpoint is of other settings
     main(config(tmp_path, stages))
     assert not checkpoint.exists()
+
+
+def test_a_changed_stage_keeps_its_store_and_nothing_else(tmp_path):
+    stages = [stage("a")]
+    main(config(tmp_path, stages))
+    folder = tmp_path / "out" / "a"
+    for name in ("shards/0123", "checkpoint-7", "checkpoint-7/shards"):
+        (folder / name).mkdir(parents=True)
+        (folder / name / "00000.jsonl.gz").write_bytes(b"rows")
+    (folder / "old.json").write_text("{}")
+    stages[0]["settings"]["rl_prompts"] = 3
+    main(config(tmp_path, stages))
+    assert (folder / "shards/0123/00000.jsonl.gz").read_bytes() == b"rows"
+    assert not (folder / "checkpoint-7").exists()
+    assert not (folder / "old.json").exists()
+    assert yaml.safe_load((folder / "stage.yaml").read_text())["rl_prompts"] == 3
+
+
+def test_two_commands_on_one_folder_are_kept_apart(tmp_path):
+    args, out = config(tmp_path, [stage("a")]), tmp_path / "out"
+    out.mkdir()
+    with (
+        claim(out / "rounds.lock"),
+        pytest.raises(UserError, match=rf"another command runs the stages of {out};"),
+    ):
+        main(args)
+    assert finished(tmp_path) == {}
+    main(args)
+    assert set(finished(tmp_path)) == {"a"}
+    with alone(out):
+        assert is_claimed(out / "rounds.lock")
+    assert not is_claimed(out / "rounds.lock")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="file is a file; name a folder"), alone(tmp_path / "file"):
+        pass
 
 
 def test_settings_are_filled_in(tmp_path):

@@ -13,6 +13,7 @@ from transformers import AutoModelForSequenceClassification
 
 from configs.chat import load_chat_format
 from configs.errors import UserError
+from configs.rounds_settings import PoolSettings
 from rlhf import pool_preferences, pool_samples
 from rlhf.models import load_tokenizer
 from rlhf.pool_samples import pool
@@ -163,11 +164,31 @@ def test_scores_of_different_models_are_not_compared(files, tmp_path):
         ({"per_prompt": "-1"}, "per_prompt"),
         ({"round_shares": "1.5"}, "round_shares"),
         ({"round_shares": "0"}, "newest round's"),
+        ({"dtype": "bfloat16"}, "dtype: no effect with rank_by: score"),
+        ({"safety_threshold": "0.3", "rank_by": "newest"}, "safety_threshold: no effect with rank_by: newest"),
+        ({"score_token_budget": "64"}, "score_token_budget: no effect"),
+        (
+            {"score_token_budget": "0", "rank_by": "rescored", "helpfulness_model_path": "h", "safety_model_path": "s"},
+            "score_token_budget must be at least 1",
+        ),
     ],
 )
 def test_bad_settings_are_refused(files, tmp_path, extra, message):
     with pytest.raises(UserError, match=message):
         run(tmp_path / "out", files, **extra)
+
+
+def test_shares_of_rounds_that_do_not_count_are_refused():
+    with pytest.raises(UserError, match=r"round_shares: with pool: last .* \[0.5\] would have no effect"):
+        PoolSettings(sample_files=["a", "b"], pool="last", round_shares=[1.0, 0.5])
+    PoolSettings(sample_files=["a", "b"], pool="last", round_shares=[0.5])
+    PoolSettings(sample_files=["a"], round_shares=[1.0, 0.5])  # a first round
+
+
+def test_a_round_that_kept_nothing_is_told_why(files, tmp_path):
+    empty = write_rows(tmp_path / "best.jsonl", [])
+    with pytest.raises(UserError, match="best.jsonl is empty: .* min_score"):
+        run(tmp_path / "out", [files[0], empty])
 
 
 def test_bad_files_are_refused(files, tmp_path):

@@ -12,6 +12,7 @@ from transformers import LlamaForCausalLM
 from configs.errors import UserError
 from configs.rounds_settings import RoundsSettings
 from rlhf import rejection_sampling, rounds, rounds_report
+from rlhf.claims import claim
 from rlhf.round_stages import round_stages
 from rlhf.simulation.people import draw_prompts
 
@@ -147,6 +148,42 @@ def test_only_the_pool_and_what_follows_change_with_last(tiny, tmp_path):
     assert differ == ["v1/pool_samples", "v2/pool_samples"]
 
 
+def test_two_commands_on_one_folder_are_kept_apart(tiny, tmp_path):
+    (tmp_path / "out").mkdir()
+    with (
+        claim(tmp_path / "out" / "rounds.lock"),
+        pytest.raises(UserError, match=f"another command runs the stages of {tmp_path}/out"),
+    ):
+        rounds.main(config(tmp_path, tiny))
+    assert finished(tmp_path) == {}
+
+
+def test_a_student_cut_from_another_model_is_another_student(tiny, tmp_path):
+    def student(path: str, layers: int = 1) -> str:
+        given = RoundsSettings(**tiny, output_dir=str(tmp_path), student_model_path=path, student_layers=layers)
+        return rounds.student_path(given)
+
+    other = save_tiny_policy(tmp_path / "other", max_position_embeddings=2048)
+    first = student(tiny["base_model_path"])
+    assert student(tiny["base_model_path"]) == first
+    second = student(other)
+    save_tiny_policy(tmp_path / "other", max_position_embeddings=1024)  # made anew in its place
+    third = student(other)
+    assert len({first, second, third}) == 3
+    assert LlamaForCausalLM.from_pretrained(third).config.max_position_embeddings == 1024
+    with pytest.raises(UserError, match="student_model_path: 97 layers are asked for, but the model has"):
+        student(other, 97)
+
+
+def test_files_of_rounds_that_are_only_planned_may_be_missing_yet(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(rounds, "run_stages", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    later = {4: {"rejection_sampling": {"prompt_files": [str(tmp_path / "later.jsonl")]}}}
+    with pytest.raises(KeyboardInterrupt):
+        rounds.main(config(tmp_path, tiny, by_round=later))
+    with pytest.raises(UserError, match="stage v4/rejection_sampling: prompt_files: .*later.jsonl does not exist"):
+        rounds.main(config(tmp_path, tiny, by_round=later, rounds=4))
+
+
 COLLECT = {"prompt_files": ["prompts.jsonl"], "annotator": "simulated", "use_cpu": True}
 
 
@@ -157,7 +194,7 @@ def stages_of(tiny: dict, **fields) -> dict:
 def test_retrained_reward_models_learn_from_all_pairs_and_score_the_pool_anew(tiny):
     stages = stages_of(tiny, rounds=3, retrain_from_round=2, preference_dirs=["before"], collect_preferences=COLLECT,
                        reward_safety={"train_files": ["${pairs}/safety.jsonl", "${pairs}/helpfulness.jsonl"],
-                                      "mix_weights": [90, 10]})  # fmt: skip
+                                      "mix_weights": [90, 10]}, pool_samples={"dtype": "bfloat16"})  # fmt: skip
     assert "v1/reward_safety" not in stages
     assert stages["v3/pairs"].settings["preference_dirs"] == [
         "before", "out/v2/collect_preferences", "out/v3/collect_preferences",
@@ -168,7 +205,8 @@ def test_retrained_reward_models_learn_from_all_pairs_and_score_the_pool_anew(ti
     ]  # fmt: skip
     assert stages["v1/rejection_sampling"].settings["safety_model_path"] == tiny["safety_model_path"]
     assert stages["v3/rejection_sampling"].settings["safety_model_path"] == "out/v3/reward_safety/model"
-    assert "rank_by" not in stages["v1/pool_samples"].settings  # one pair of models so far
+    assert not {"rank_by", "dtype"} & stages["v1/pool_samples"].settings.keys()  # one pair of models so far
+    assert stages["v2/pool_samples"].settings["dtype"] == "bfloat16"
     assert stages["v2/pool_samples"].settings["rank_by"] == "rescored"
     assert stages["v2/pool_samples"].settings["safety_model_path"] == "out/v2/reward_safety/model"
     for stage in stages.values():  # what a stage reads is made by a stage that it waits for
@@ -236,6 +274,12 @@ def test_the_command_of_the_readme_with_reward_models_trained_anew(tiny, tmp_pat
         ({"sft": {"model_name_or_path": "x"}}, "sft: model_name_or_path cannot be set here"),
         ({"by_round": {0: {}}}, "by_round: 0 is no round"),
         ({"by_round": {1: {"sftt": {}}}}, "unknown blocks"),
+        ({"by_round": {1: {"sft": {}}, "1": {}}}, "by_round: 1 and '1' are the same round"),
+        ({"by_round": {4: {"sft": {"max_step": 2}}}}, "stage v4/sft: unknown field 'max_step'"),
+        ({"by_round": {4: {"collect_preferences": {}}}}, "by_round: 4: collect_preferences: without effect"),
+        ({"by_round": {1: {"student_sft": {}}}}, "by_round: 1: student_sft is set"),
+        ({"pool_samples": {"dtype": "bfloat16"}}, "stage v1/pool_samples: dtype: no effect with rank_by: score"),
+        ({"pool_samples": {"round_shares": [1.0, 0.5]}, "pool": "last"}, "stage v1/pool_samples: round_shares: with"),
         ({"helpfulness_model_path": ""}, "needed for round 1"),
         ({"collect_preferences": {"top_p": 1.0}}, "collect_preferences: without effect"),
         ({"student_layers": 1}, "student_model_path names no model"),

@@ -138,6 +138,13 @@ def test_the_first_layers_of_a_model_are_its_own(tmp_path):
     stamp = (folder / "config.json").stat().st_mtime_ns
     assert save_first_layers(whole, 2, folder) == folder  # is there: not written again
     assert (folder / "config.json").stat().st_mtime_ns == stamp
+    other = save_tiny_policy(tmp_path / "other", num_hidden_layers=3)
+    for path, layers in ((whole, 1), (other, 2)):
+        with pytest.raises(UserError, match=f"cut holds something other than the first {layers} layers of {path}"):
+            save_first_layers(path, layers, folder)
+    with pytest.raises(UserError, match="4 layers are asked for, but the model has 3"):
+        save_first_layers(whole, 4, tmp_path / "more")
+    assert not (tmp_path / "more").exists()
 
 
 @pytest.mark.parametrize(
