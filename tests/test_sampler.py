@@ -115,13 +115,13 @@ def test_draw_takes_a_block_and_then_a_token_of_it():
 
 
 def test_rounding_seldom_flips_a_draw():
-    """20,000 draws from 2,048 tokens, with noise like float32's in the logits; one CDF over all tokens flips some ten."""
+    """20,000 draws from 2,048 tokens with noise of 2e-5 in the logits: a single CDF over all tokens flips 22 of them."""
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(20_000, 2048, generator=generator) * 2
-    noisy = logits + 5e-7 * torch.randn(logits.shape, generator=generator)
+    noisy = logits + 2e-5 * torch.randn(logits.shape, generator=generator)
     uniform = uniforms(torch.tensor(sample_seeds(0, 20_000)), torch.tensor(3))
     same = draw(logits, SamplingSettings(), uniform)[0] == draw(noisy, SamplingSettings(), uniform)[0]
-    assert int((~same).sum()) <= 1
+    assert int((~same).sum()) <= 4
 
 
 # ---- sample()
