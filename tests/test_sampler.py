@@ -115,7 +115,7 @@ def test_draw_takes_a_block_and_then_a_token_of_it():
 
 
 def test_rounding_seldom_flips_a_draw():
-    """20,000 draws from 2,048 tokens with noise of 2e-5 in the logits: a single CDF over all tokens flips 22 of them."""
+    """20,000 draws from 2,048 tokens with noise of 2e-5 in the logits: one CDF over all tokens flips 22 of them."""
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(20_000, 2048, generator=generator) * 2
     noisy = logits + 2e-5 * torch.randn(logits.shape, generator=generator)
