@@ -33,7 +33,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from benchmarks.hh_pairs import KIT, SETS, VOCABULARY, hh_pairs
-from benchmarks.memory import peak_mib, resident_mib
+from benchmarks.memory import forget_peak, peak_since_mib, resident_mib
 from configs.chat import load_chat_format
 from configs.records import read_preferences
 from configs.sampling_settings import SamplingSettings
@@ -209,9 +209,10 @@ def main(arguments: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     if arguments.only:
         task = load_task(arguments, arguments.model)
+        forget_peak()  # reading the prompts takes more than sampling
         before = resident_mib()
         ours(task) if arguments.only == "ours" else peer(task, arguments.peer_prompts)
-        print(peak_mib() - before)
+        print(peak_since_mib() - before)
         return
     with tempfile.TemporaryDirectory() as scratch:
         folder = arguments.model or f"{scratch}/model"
