@@ -42,10 +42,8 @@ class RejectionSettings(EngineSettings, SamplingSettings):
         self.check_engine()
         if self.engine == "continuous_batching" and self.stop_strings:
             raise UserError("stop_strings: continuous batching ends at token ids only; use sampling_engine in_process")
-        for name in (
-            *("samples_per_prompt", "prompts_per_shard", "max_prompt_tokens", "token_budget"),
-            "score_token_budget",
-        ):
+        counts = ("samples_per_prompt", "prompts_per_shard", "max_prompt_tokens", "token_budget", "score_token_budget")
+        for name in counts:
             if getattr(self, name) < 1:
                 raise UserError(f"{name} must be at least 1, not {getattr(self, name)}")
         if self.max_prompts < 0:

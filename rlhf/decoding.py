@@ -67,10 +67,8 @@ class Stops:
         return stopped if self.criterion is None else stopped | self.criterion(last_RW, None).to(stopped.device)
 
 
-def feed(
-    model: Any, cache: RowCache, chunks: Sequence[Sequence[int]], begin_R: Sequence[int], pad_id: int, first: int = 0
-) -> Tensor:
-    """Feed chunks[r] to row first + r of the cache, which holds begin_R[r] tokens; logits_RV after its last token.
+def feed(model: Any, cache: RowCache, chunks: Sequence[Sequence[int]], begin_R: Sequence[int], pad_id: int) -> Tensor:
+    """Feed chunks[r] to row r of the cache, which holds begin_R[r] tokens; logits_RV after its last token.
 
     The chunks are padded on the left, so that the logits wanted are all in the last column.
     """
@@ -87,7 +85,7 @@ def feed(
         seen = int(column.max()) + 1
         position, column = column.masked_fill(is_pad, 0), column.masked_fill(is_pad, cache.columns)
         where = (ids.to(model.device), position.to(model.device), column.to(model.device))
-        logits.append(forward(model, cache, first + start, *where, seen))
+        logits.append(forward(model, cache, start, *where, seen))
     return torch.cat(logits)
 
 

@@ -103,7 +103,7 @@ class Fastest:
         for engine in self.candidates[1:]:
             try:
                 rates.append(self._rate(engine, prompts, k, settings))
-            except (UserError, RuntimeError, ValueError, NotImplementedError, ImportError) as error:
+            except (UserError, RuntimeError, ValueError, ImportError) as error:
                 logger.warning("sampling_engine auto: %s cannot sample here: %s", engine.name, error)
                 rates.append(0.0)
         best = max(range(len(rates)), key=rates.__getitem__)

@@ -69,7 +69,7 @@ class RowCache(Cache):
 
     def place(self, first_row: int, column_RW: Tensor, width: int) -> None:
         """The next forward is of rows first_row, first_row + 1, ...: token (r, w) goes to column column_RW[r, w] (the
-        number of columns, or -1, for none), and attention is over the first `width` columns."""
+        number of columns for none), and attention is over the first `width` columns."""
         row_R1 = torch.arange(len(column_RW), device=column_RW.device)[:, None]
         for layer in self.layers:
             layer.first_row, layer.row_R1, layer.column_RW, layer.width = first_row, row_R1, column_RW, width

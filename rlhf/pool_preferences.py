@@ -21,6 +21,7 @@ from configs.records import write_jsonl
 from configs.rounds_settings import PairsSettings
 from configs.row_files import BadRow, read_rows
 from rlhf.cli import entry, parse
+from rlhf.models import data_fingerprints
 from rlhf.run import RunFolder, numbers
 
 FILES = ("helpfulness", "helpfulness_test", "safety", "safety_test")
@@ -44,7 +45,8 @@ def read_folder(folder: str) -> dict[str, list[dict[str, Any]]]:
 def main(args: list[str] | None = None) -> dict[str, Any]:
     """Joins the files; returns the counts by file and folder."""
     settings, run = parse(PairsSettings, RunSettings, args=args)
-    resolved = asdict(settings) | asdict(run)
+    files = [str(Path(path) / f"{name}.jsonl") for path in settings.preference_dirs for name in FILES]
+    resolved = asdict(settings) | asdict(run) | {"data": data_fingerprints(files)}
     if completed := RunFolder.completed(run.output_dir, resolved):
         return completed
     folders = {path: read_folder(path) for path in settings.preference_dirs}

@@ -44,7 +44,7 @@ from reward.combine import combined_reward
 from reward.model import load_reward_model
 from reward.scorer import score_ids
 from rlhf.cli import entry, parse
-from rlhf.models import load_tokenizer, resolve_dtype
+from rlhf.models import data_fingerprints, load_tokenizer, resolve_dtype
 from rlhf.rejection_sampling import check_same_tokenizer
 from rlhf.run import RunFolder, numbers
 
@@ -174,7 +174,7 @@ def rescore(rounds: list[list[Row]], settings: PoolSettings, device: torch.devic
 def main(args: list[str] | None = None) -> dict[str, Any]:
     """Pools the files; returns the summary."""
     settings, run = parse(PoolSettings, RunSettings, args=args)
-    resolved = asdict(settings) | asdict(run)
+    resolved = asdict(settings) | asdict(run) | {"data": data_fingerprints(settings.sample_files)}
     if completed := RunFolder.completed(run.output_dir, resolved):
         return completed
     if settings.rank_by == "score" and settings.pool == "all":

@@ -3,8 +3,8 @@
 The rows' own cache holds their responses only. Attention is done in two parts, over the prompt (the samples of a prompt
 as the queries of one batch entry) and over the response so far, and joined by their log-sum-exps: with Z the sum of the
 exponentials of a part and o its output, softmax over both gives (Z_p o_p + Z_r o_r) / (Z_p + Z_r), which is
-o_r + sigmoid(log Z_p - log Z_r) (o_p - o_r). On small models, where reading the cache is more than half of a step, this
-is most of the gain of sampling K responses at once; it also takes less memory.
+o_r + sigmoid(log Z_p - log Z_r) (o_p - o_r). It pays where reading the cache is much of a step, as with small models
+on a CPU (docs/results/sampling.md), and takes less memory.
 
 Letters: R rows, P prompts, K rows of a prompt at most, L prompt columns, H query heads, J key heads, G query heads of a
 key head, D head width.

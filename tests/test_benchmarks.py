@@ -33,3 +33,12 @@ def test_reward_training_has_the_loss_and_gradients_of_trl(tmp_path, monkeypatch
 def test_reward_scoring_gives_the_scores_of_plain_transformers(tmp_path):
     words = ("benchmarks/reward_scoring.py", "--rounds", "1", "--prompts", "2", "--k", "4")
     assert last_line(tmp_path, *words)["data"] == "generated"
+
+
+def test_best_of_k_samples_what_generate_samples(tmp_path):
+    """The benchmark stops where greedy responses differ, or the lengths of sampled ones."""
+    words = "--rounds 1 --prompts 4 --k 2 --max_new_tokens 16 --train_steps 2 --peer_prompts 2"
+    found = last_line(tmp_path, "benchmarks/best_of_k.py", *words.split())
+    assert (found["data"], found["prompts"], found["k"]) == ("generated", 4, 2)
+    assert found["fed"]["peer_prompt"] > 2 * found["fed"]["ours_prompt"] * 0.99
+    assert found["memory_mib"]["ours"] > 0

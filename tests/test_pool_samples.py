@@ -126,6 +126,20 @@ def test_the_script_reports_what_went_in(files, tmp_path):
     assert {r["round"] for r in written(tmp_path / "last")} == {2}
 
 
+def test_files_that_changed_under_their_names_are_pooled_again(files, tmp_path):
+    assert run(tmp_path / "out", files)["rows"] == 4
+    write_rows(Path(files[1]), SECOND[:1])
+    assert run(tmp_path / "out", files)["rows"] == 3  # of a, b and c
+    folder = tmp_path / "pairs"
+    folder.mkdir()
+    for file in pool_preferences.FILES:
+        write_rows(folder / f"{file}.jsonl", [{"n": 1}])
+    args = ["--preference_dirs", str(folder), "--output_dir", str(tmp_path / "joined")]
+    assert pool_preferences.main(args)["safety"] == 1
+    write_rows(folder / "safety.jsonl", [{"n": 1}, {"n": 2}])
+    assert pool_preferences.main(args)["safety"] == 2
+
+
 def test_scores_made_anew_are_those_of_the_newest_models(files, tmp_path):
     paths = {f"{name}_model_path": save_tiny_reward_model(tmp_path / name, seed) for seed, name in
              enumerate(("helpfulness", "safety"))}  # fmt: skip

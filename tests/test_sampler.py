@@ -246,8 +246,6 @@ def test_rows_stay_full_while_samples_wait(model, forwards):
     decode = [rows for rows, tokens, _ in forwards if tokens == 1 and rows > 1]
     needed = sum(lengths) - len(lengths)  # the first token comes from the prompt, the last is not fed
     assert needed <= sum(decode) <= 1.1 * needed + 32 * 40 / 2  # half of the rows idle while the last 32 end
-    fed = sum(rows for rows, tokens, _ in forwards) - sum(decode)
-    assert fed <= 40 + sum(tokens == 1 for _, tokens, _ in forwards)
 
 
 def test_shorter_prompts_get_more_rows_within_the_budget(model, forwards):

@@ -17,6 +17,17 @@ def model():
     return ragged_model()
 
 
+def extend_as_generate_does(model, histories, new, replies, max_new_tokens) -> None:
+    """Each reply equals greedy `generate` on its history, which grows by it; a cut reply is closed by the stop id."""
+    for history, ids, reply in zip(histories, new, replies, strict=True):
+        history.extend(ids)
+        prompt = torch.tensor([history])
+        mask = torch.ones_like(prompt)
+        expected = model.generate(prompt, attention_mask=mask, do_sample=False, max_new_tokens=max_new_tokens)
+        assert reply == expected[0, len(history) :].tolist()
+        history.extend(reply if reply[-1] == STOP else [*reply, STOP])
+
+
 @pytest.mark.parametrize("feed_tokens", [1024, 40])
 def test_session_equals_prefilling_the_whole_dialogue(model, monkeypatch, feed_tokens):
     """Ragged turns, greedy: each reply equals generate on the full history; cut replies are closed by the stop id."""
@@ -28,13 +39,8 @@ def test_session_equals_prefilling_the_whole_dialogue(model, monkeypatch, feed_t
     for turn in range(8):
         new = [[1, *ids] for ids in ragged_prompts(9, seed=turn)]
         replies = session.reply(new, settings)
-        for history, ids, reply in zip(histories, new, replies, strict=True):
-            history.extend(ids)
-            prompt = torch.tensor([history])
-            expected = model.generate(prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=7)
-            assert reply == expected[0, len(history) :].tolist()
-            history.extend(reply if reply[-1] == STOP else [*reply, STOP])
-            reasons.add(reply[-1] == STOP)
+        extend_as_generate_does(model, histories, new, replies, 7)
+        reasons |= {reply[-1] == STOP for reply in replies}
     assert reasons == {True, False}
     assert session.cache.columns < 2 * max(map(len, histories)), "it grows by half at most"
 
@@ -46,13 +52,7 @@ def test_rows_of_uneven_dialogues_hold_their_own_tokens_only(model):
     histories: list[list[int]] = [[] for _ in range(6)]
     for turn in range(12):
         new = [[5 + (turn + d) % 30] * (25 if turn % 6 == d else 1) for d in range(6)]
-        replies = session.reply(new, settings)
-        for history, ids, reply in zip(histories, new, replies, strict=True):
-            history.extend(ids)
-            prompt = torch.tensor([history])
-            expected = model.generate(prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=3)
-            assert reply == expected[0, len(history) :].tolist()
-            history.extend(reply if reply[-1] == STOP else [*reply, STOP])
+        extend_as_generate_does(model, histories, new, session.reply(new, settings), 3)
     assert session.cache.columns <= 1.5 * max(map(len, histories)) + 3
 
 
