@@ -110,8 +110,7 @@ class Roles:
     policy: Any
     reference: Any
     value: Any
-    helpfulness: Any
-    safety: Any
+    reward_models: dict[str, Any]  # by name: "helpfulness", "safety"
     temperature: float = 1.0
     value_shift: float = 0.0  # V = (head - shift) / scale: puts a reward model's head on the scale of whitened scores
     value_scale: float = 1.0
@@ -137,10 +136,11 @@ class Roles:
         hidden_ND, _ = self._hidden(model, sequences, rows_M)
         return (model.score(hidden_ND.float())[:, 0] - self.value_shift) / self.value_scale
 
-    def scores(self, model: Any, id_lists: Sequence[Sequence[int]], token_budget: int) -> Tensor:
-        """Raw scores of whole dialogues by one of the reward models, [B] float32 on the CPU."""
+    def scores(self, name: str, id_lists: Sequence[Sequence[int]], token_budget: int, k: int = 1) -> Tensor:
+        """Raw scores of whole dialogues by the reward model `name`, [B] float32 on the CPU; k as in `score_ids`."""
+        model = self.reward_models[name]
         with mixed_precision(self.bf16, next(model.parameters()).device.type):
-            return score_ids(model, id_lists, token_budget)
+            return score_ids(model, id_lists, token_budget, k)
 
     def _logprobs(
         self, model: Any, sequences: Sequences, rows_M: Tensor, entropy: bool
@@ -195,7 +195,8 @@ def load_roles(ppo: PPOSettings, model_settings: ModelSettings, tokenizer: Any, 
             model.to(device)
             if ppo.bf16 and torch.device(device).type == "cpu":
                 attend_in_float32(unwrap(model))
-    return Roles(policy, reference, value, helpfulness, safety, ppo.temperature, bf16=ppo.bf16)
+    reward_models = {"helpfulness": helpfulness, "safety": safety}
+    return Roles(policy, reference, value, reward_models, ppo.temperature, bf16=ppo.bf16)
 
 
 def _check_same_tokenizer(tokenizer: Any, field: str, path: str) -> None:

@@ -75,8 +75,8 @@ def collect(
     clock["sample"] = time.perf_counter()
 
     whole = [[*p, *r] for p, r in zip(prompt_ids, responses, strict=True)]
-    r_helpfulness_B = roles.scores(roles.helpfulness, whole, ppo.token_budget)
-    r_safety_B = roles.scores(roles.safety, whole, ppo.token_budget)
+    r_helpfulness_B = roles.scores("helpfulness", whole, ppo.token_budget)
+    r_safety_B = roles.scores("safety", whole, ppo.token_budget)
     is_safety_B = torch.tensor([prompt.is_safety for prompt in prompts])
     scores_B = combined_reward(r_safety_B, r_helpfulness_B, is_safety_B, ppo.safety_threshold)
     safety_decides_B = is_safety_B | (scores_B != r_helpfulness_B)
