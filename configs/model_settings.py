@@ -29,6 +29,17 @@ class ModelSettings:
     lora_target_modules: list[str] | None = field(
         default=None, metadata={"help": "module names that get an adapter; none: all linear layers but the head"}
     )
+    adapter_path: str | None = field(
+        default=None,
+        metadata={
+            "help": "LoRA adapter of model_name_or_path (a folder `adapter` of an earlier stage) to start from: with "
+            "use_peft a copy of it is trained, else it is merged into the weights"
+        },
+    )
+    load_in_4bit: bool = field(
+        default=False,
+        metadata={"help": "hold frozen weights in 4 bits (NF4, needs bitsandbytes); training: under LoRA"},
+    )
     freeze_embeddings: bool = field(
         default=False,
         metadata={
@@ -41,6 +52,10 @@ class ModelSettings:
     def __post_init__(self) -> None:
         if self.lora_r < 1 or self.lora_alpha < 1:
             raise UserError(f"lora_r and lora_alpha must be at least 1, not {self.lora_r} and {self.lora_alpha}")
+        if self.adapter_path is not None:
+            for name in ("lora_r", "lora_alpha", "lora_target_modules"):
+                if getattr(self, name) != type(self).__dataclass_fields__[name].default:
+                    raise UserError(f"{name}: adapter_path names an adapter with its own {name}; leave one of them out")
         if not 0.0 <= self.lora_dropout < 1.0:
             raise UserError(f"lora_dropout must be in [0, 1), not {self.lora_dropout}")
 

@@ -19,7 +19,14 @@ class PPOSettings:
     )
     sft_model_path: str | None = field(default=None, metadata={"help": "The SFT model, for reference_model: sft."})
     value_model: str = field(
-        default="helpfulness", metadata={"help": "What the value model starts from: `helpfulness` or `policy`."}
+        default="helpfulness",
+        metadata={
+            "help": "Where values come from: a model that starts as the `helpfulness` reward model, as the `policy` "
+            "or as `value_model_path` (`path`), or a head on the policy's own hidden states (`trunk`)."
+        },
+    )
+    value_model_path: str | None = field(
+        default=None, metadata={"help": "Reward model that the value model starts from, for value_model: path."}
     )
     max_prompt_tokens: int = field(default=1024, metadata={"help": "Longer prompts are refused by the reader."})
     max_reject_share: float = field(default=0.05, metadata={"help": "Share of bad rows above which the run stops."})
@@ -27,6 +34,10 @@ class PPOSettings:
     temperature: float = field(default=1.0, metadata={"help": "Of sampling, and so of the policy that is trained."})
 
     total_iterations: int = field(default=200, metadata={"help": "Iterations; the paper ran 200 to 400."})
+    responses_per_prompt: int = field(
+        default=1,
+        metadata={"help": "Responses to each prompt, side by side in a batch; their prompt is computed once."},
+    )
     batch_size: int = field(default=512, metadata={"help": "Responses an iteration, over all processes."})
     mini_batch_size: int = field(default=64, metadata={"help": "Responses a gradient step, over all processes."})
     ppo_epochs: int = field(default=1, metadata={"help": "Passes over an iteration's responses; the paper's is 1."})
@@ -79,15 +90,28 @@ class PPOSettings:
     save_steps: int = field(default=0, metadata={"help": "Iterations between checkpoints; 0: none."})
     num_samples: int = field(default=4, metadata={"help": "Decoded responses written at each logging step."})
 
+    @property
+    def value_path(self) -> str:
+        """The reward model that the value model starts from; empty where it starts from the policy."""
+        paths = {"helpfulness": self.helpfulness_model_path, "path": self.value_model_path or ""}
+        return paths.get(self.value_model, "")
+
     def __post_init__(self) -> None:
         if self.reference_model not in ("sft", "start"):
             raise UserError(f"reference_model: {self.reference_model!r} is neither `sft` nor `start`")
-        if self.value_model not in ("helpfulness", "policy"):
-            raise UserError(f"value_model: {self.value_model!r} is neither `helpfulness` nor `policy`")
+        if self.value_model not in ("helpfulness", "policy", "trunk", "path"):
+            raise UserError(f"value_model: {self.value_model!r} is none of `helpfulness`, `policy`, `trunk` and `path`")
+        if (self.value_model == "path") != (self.value_model_path is not None):
+            raise UserError("value_model_path and value_model: path go together; give both or neither")
         if self.gold not in ("simulated", "none"):
             raise UserError(f"gold: {self.gold!r} is neither `simulated` nor `none`")
         if self.reference_model == "sft" and not self.sft_model_path:
             raise UserError("reference_model: sft needs sft_model_path")
+        if self.responses_per_prompt < 1 or self.mini_batch_size % self.responses_per_prompt:
+            raise UserError(
+                f"responses_per_prompt: {self.responses_per_prompt} does not divide mini_batch_size "
+                f"{self.mini_batch_size}"
+            )
         if self.batch_size % self.mini_batch_size:
             raise UserError(
                 f"batch_size {self.batch_size} is not a multiple of mini_batch_size {self.mini_batch_size}: some"

@@ -131,10 +131,6 @@ class RewardSettings:
         },
     )
     bf16: bool = field(default=False, metadata={"help": "bfloat16 autocast while training; weights keep their dtype."})
-    load_in_4bit: bool = field(
-        default=False,
-        metadata={"help": "Hold the frozen weights under LoRA in 4 bits (NF4); needs the package bitsandbytes."},
-    )
     gradient_checkpointing: bool = field(default=False, metadata={"help": "Trade a second forward for less memory."})
 
     eval_steps: int = field(default=0, metadata={"help": "Evaluate every so many steps; 0: only at the end."})

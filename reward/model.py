@@ -26,6 +26,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICA
 
 from configs.chat import sentencepiece_file
 from configs.errors import UserError
+from reward.adapters import read_adapter
 from reward.attention import TREE_ATTENTION, use_tree_attention, whole_mask
 from reward.quantized import four_bit_options, is_quantized, keep_layout, plain_model
 
@@ -53,14 +54,7 @@ class ScoreAtEnd:
             inputs = {"attention_mask": attention_mask}
             ends = attention_mask.sum(dim=1, keepdim=True) - 1
         else:
-            mask = attention_mask
-            attention = self.config._attn_implementation  # type: ignore[attr-defined]
-            if TREE_ATTENTION not in attention and mask.shape[2] < mask.shape[3]:
-                mask = whole_mask(mask, mask.shape[3])
-            if attention == "eager":
-                # Eager attention adds its mask: a bool one would hide nothing, without an error.
-                mask = torch.where(mask, 0.0, torch.finfo(self.dtype).min).to(self.dtype)  # type: ignore[attr-defined]
-            inputs = {"attention_mask": mask, "position_ids": position_ids}
+            inputs = tree_layout(self, attention_mask, position_ids)
         hidden_BTD = backbone(input_ids=input_ids, use_cache=False, **inputs).last_hidden_state
         hidden_BSD = hidden_BTD[torch.arange(len(ends), device=ends.device)[:, None], ends]
         with torch.autocast(hidden_BTD.device.type, enabled=False):
@@ -68,10 +62,43 @@ class ScoreAtEnd:
         return SequenceClassifierOutputWithPast(logits=scores_BS)
 
 
+def tree_layout(model: Any, visible: Tensor, position_ids: Tensor | None) -> dict[str, Any]:
+    """Inputs of the backbone of `model` (PEFT or not) for rows from reward/tree.py: what a token sees and its place."""
+    model = model.get_base_model() if hasattr(model, "get_base_model") else model
+    mask = visible
+    attention = model.config._attn_implementation
+    if TREE_ATTENTION not in attention and mask.shape[2] < mask.shape[3]:
+        mask = whole_mask(mask, mask.shape[3])
+    if attention == "eager":
+        # Eager attention adds its mask: a bool one would hide nothing, without an error.
+        mask = torch.where(mask, 0.0, torch.finfo(model.dtype).min).to(model.dtype)
+    return {"attention_mask": mask, "position_ids": position_ids}
+
+
 def tree_scores(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
     """Raw scores [B, K] of a batch from `reward.tree.collate_trees`; only where `takes_trees(model)`."""
     layout = {"attention_mask": batch["visible"], "position_ids": batch["position_ids"], "ends": batch["ends"]}
     return model(input_ids=batch["input_ids"], **layout).logits
+
+
+class BorrowedBackbone(ScoreAtEnd, nn.Module):
+    """A reward model that reads the hidden states of a language model's backbone: scores for the memory of a head.
+
+    It scores as that backbone computes: whoever calls it puts the right LoRA adapter to work before.
+    """
+
+    def __init__(self, causal: PreTrainedModel, head_1D: Tensor) -> None:
+        super().__init__()
+        self.config, self.base_model_prefix = causal.config, causal.base_model_prefix
+        setattr(self, self.base_model_prefix, getattr(causal, self.base_model_prefix))
+        self.score = nn.Linear(head_1D.shape[1], 1, bias=False, device=causal.device, dtype=torch.float32)
+        with torch.no_grad():
+            self.score.weight.copy_(head_1D)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of the backbone, which an additive mask has to have."""
+        return getattr(self, self.base_model_prefix).dtype
 
 
 def takes_trees(model: Any) -> bool:
@@ -166,19 +193,35 @@ def check_padding_token(tokenizer: PreTrainedTokenizerBase, path: str | Path) ->
         )
 
 
-def add_lora(model: PreTrainedModel, r: int, alpha: int, dropout: float, target_modules: list[str] | None) -> nn.Module:
-    """LoRA around the backbone, the scalar head trained in full, in float32. `target_modules` None: all linear ones."""
-    from peft import LoraConfig, TaskType, get_peft_model
+def add_lora(
+    model: PreTrainedModel,
+    r: int,
+    alpha: int,
+    dropout: float,
+    target_modules: list[str] | None,
+    adapter_path: str | None = None,
+) -> nn.Module:
+    """LoRA around the backbone, the scalar head trained in full, in float32. `target_modules` None: all linear ones.
 
-    config = LoraConfig(
-        task_type=TaskType.SEQ_CLS,
-        modules_to_save=["score"],  # without it the random head would stay frozen, without an error
-        r=r,
-        lora_alpha=alpha,
-        lora_dropout=dropout,
-        target_modules=target_modules or "all-linear",
-    )
-    return get_peft_model(model, config)
+    With `adapter_path` it starts as a copy of that adapter of the same base, in its shape; its scalar head is taken
+    over where it has one.
+    """
+    from peft import LoraConfig, TaskType, get_peft_model, set_peft_model_state_dict
+
+    weights, head_1D = None, None
+    if adapter_path is None:
+        config = LoraConfig(r=r, lora_alpha=alpha, target_modules=target_modules or "all-linear")
+    else:
+        config, weights, head_1D = read_adapter(adapter_path, model.name_or_path, "adapter_path")
+    config.task_type = TaskType.SEQ_CLS
+    config.modules_to_save = ["score"]  # without it the random head would stay frozen, without an error
+    config.lora_dropout, config.inference_mode = dropout, False
+    new_head_1D = model.score.weight.detach().clone()
+    tuned = get_peft_model(model, config)
+    if weights is not None:
+        head = {"base_model.model.score.weight": new_head_1D if head_1D is None else head_1D}
+        set_peft_model_state_dict(tuned, weights | head)
+    return tuned
 
 
 def save_reward_model(model: Any, tokenizer: PreTrainedTokenizerBase, folder: str | Path, card: str) -> None:

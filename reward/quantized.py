@@ -8,6 +8,7 @@ compute in float32 anyway. The scalar head is never quantised.
 
 import copy
 import importlib.util
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -31,7 +32,7 @@ def four_bit_options(dtype: torch.dtype, device: torch.device) -> dict[str, Any]
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
-        llm_int8_skip_modules=["score"],  # read for 4 bits too, whatever its name says
+        llm_int8_skip_modules=["score", "lm_head"],  # read for 4 bits too, whatever its name says
     )
     return {"quantization_config": config, "device_map": {"": device}}
 
@@ -60,26 +61,39 @@ def plain_model(model: PeftModel) -> PreTrainedModel:
     the rounding of these, and the saved model then gives the scores that were measured. Nothing is quantised again.
     `model` is taken apart: use it for nothing else afterwards.
     """
-    from bitsandbytes.nn import Linear4bit
-
     base = model.get_base_model()
     weights: dict[str, Tensor] = {}
     for name, module in base.named_modules():
-        if isinstance(module, LoraLayer) and isinstance(module.get_base_layer(), Linear4bit):
+        if isinstance(module, LoraLayer) and is_four_bit(module.get_base_layer()):
             weight = _dequantized(module.get_base_layer())
             delta = sum(module.get_delta_weight(adapter).float() for adapter in module.active_adapters)
             weights[f"{name}.weight"] = (weight.float() + delta).to(weight.dtype).cpu()
     base = model.unload()  # the adapters out, the trained head in
     for name, module in base.named_modules():
-        if isinstance(module, Linear4bit) and f"{name}.weight" not in weights:
+        if is_four_bit(module) and f"{name}.weight" not in weights:
             weights[f"{name}.weight"] = _dequantized(module).cpu()
-    config = copy.deepcopy(base.config)
+    return unquantized(base, {name: weight.cpu() for name, weight in (base.state_dict() | weights).items()})
+
+
+def unquantized(model: PreTrainedModel, weights: Mapping[str, Tensor]) -> PreTrainedModel:
+    """A plain model of the class and configuration of a quantised one, with these weights; what else there is stays."""
+    config = copy.deepcopy(model.config)
     del config.quantization_config
     with torch.device("meta"):
-        plain = type(base)(config)
-    kept = {name: weight.cpu() for name, weight in base.state_dict().items() if name in plain.state_dict()}
-    plain.load_state_dict(kept | weights, assign=True)  # strict: a missing or left over weight raises
+        plain = type(model)(config)
+    # strict: a missing weight raises
+    plain.load_state_dict({name: weights[name] for name in plain.state_dict() if name in weights}, assign=True)
     return plain
+
+
+def is_four_bit(module: nn.Module) -> bool:
+    """Whether `module` is a linear layer of bitsandbytes, which need not be installed."""
+    return type(module).__name__ == "Linear4bit"
+
+
+def dense_weight(layer: nn.Module) -> Tensor:
+    """The weight [out, in] that a linear layer computes with."""
+    return _dequantized(layer) if is_four_bit(layer) else layer.weight
 
 
 def _dequantized(layer: nn.Module) -> Tensor:

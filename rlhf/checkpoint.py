@@ -20,11 +20,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+Trained = Mapping[str, Mapping[str, nn.Parameter]]  # by role, by name
+
 
 def save_checkpoint(
     folder: str | Path,
     step: int,
-    models: Mapping[str, nn.Module],
+    trained: Trained,
     optimizer: torch.optim.Optimizer,
     state: Mapping[str, Any],
 ) -> Path:
@@ -33,9 +35,8 @@ def save_checkpoint(
     partial = Path(folder) / f".checkpoint-{step}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    for name, model in models.items():
-        weights = {key: p.detach().contiguous() for key, p in model.named_parameters() if p.requires_grad}
-        save_file(weights, partial / f"{name}.safetensors")
+    for name, parameters in trained.items():
+        save_weights(parameters, partial / f"{name}.safetensors")
     tensors = {
         f"{index}.{key}": value.contiguous()
         for index, moments in optimizer.state_dict()["state"].items()
@@ -56,22 +57,14 @@ def save_checkpoint(
     return final
 
 
-def load_checkpoint(
-    folder: str | Path, models: Mapping[str, nn.Module], optimizer: torch.optim.Optimizer
-) -> dict[str, Any] | None:
-    """Put the newest checkpoint under `folder` into models, optimizer and random generators; its state, or None."""
+def load_checkpoint(folder: str | Path, trained: Trained, optimizer: torch.optim.Optimizer) -> dict[str, Any] | None:
+    """Put the newest checkpoint under `folder` into weights, optimizer and random generators; its state, or None."""
     found = _checkpoints(folder)
     if not found:
         return None
     path = found[-1]
-    for name, model in models.items():
-        stored = load_file(path / f"{name}.safetensors")
-        trained = {key: p for key, p in model.named_parameters() if p.requires_grad}
-        if stored.keys() != trained.keys():
-            raise ValueError(f"{path}: {name} holds other weights than this run trains")
-        with torch.no_grad():
-            for key, parameter in trained.items():
-                parameter.copy_(stored[key])
+    for name, parameters in trained.items():
+        load_weights(parameters, path / f"{name}.safetensors")
     moments: dict[int, dict[str, Tensor]] = {}
     for key, value in load_file(path / "optimizer.safetensors").items():
         index, name = key.split(".", 1)
@@ -80,6 +73,21 @@ def load_checkpoint(
     state = json.loads((path / "state.json").read_text(encoding="utf-8"))
     set_random_states(state.pop("random"))
     return state
+
+
+def save_weights(parameters: Mapping[str, nn.Parameter], path: Path) -> None:
+    """Write trained weights under their names."""
+    save_file({name: p.detach().contiguous() for name, p in parameters.items()}, path)
+
+
+@torch.no_grad()
+def load_weights(parameters: Mapping[str, nn.Parameter], path: Path) -> None:
+    """Put what `save_weights` wrote back. Raises ValueError where the names differ."""
+    stored = load_file(path)
+    if stored.keys() != parameters.keys():
+        raise ValueError(f"{path} holds other weights than this run trains")
+    for name, parameter in parameters.items():
+        parameter.copy_(stored[name])
 
 
 def replace_folder(partial: Path, final: Path) -> None:

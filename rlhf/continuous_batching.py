@@ -14,9 +14,10 @@ from configs.errors import UserError
 from configs.sampling_settings import SamplingSettings
 from rlhf.decoding import evaluating
 from rlhf.draw import sample_seeds
-from rlhf.roles import teacher_forced_logprobs, unwrap
+from rlhf.models import unwrap
 from rlhf.sampler import check_lengths
 from rlhf.samples import Prompt, SampleBatch
+from rlhf.sequences import teacher_forced_logprobs
 
 # The cache on a CPU, where this engine is for tests: tokens of a page, tokens of a forward, requests at once.
 CPU_PAGE, CPU_BATCH_TOKENS, CPU_REQUESTS = 16, 64, 16

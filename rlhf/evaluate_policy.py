@@ -33,9 +33,9 @@ from reward.scorer import score_ids
 from rlhf.cli import entry, parse
 from rlhf.estimates import mean_with_interval, share_with_interval
 from rlhf.models import load_policy, load_tokenizer, resolve_dtype
-from rlhf.roles import teacher_forced_logprobs
 from rlhf.run import RunFolder, numbers
 from rlhf.sampler import prompt_room, sample
+from rlhf.sequences import teacher_forced_logprobs
 from rlhf.simulation.annotator import SAFE_FROM
 from rlhf.simulation.world import gold_helpfulness, gold_safety, is_refusal
 

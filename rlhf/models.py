@@ -38,6 +38,15 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from configs.chat import load_chat_format, sentencepiece_file, training_chat_template
 from configs.errors import UserError
 from configs.model_settings import ModelSettings
+from reward.adapters import Adapters, read_adapter
+from reward.quantized import (
+    dense_weight,
+    four_bit_options,
+    is_four_bit,
+    is_quantized,
+    keep_layout,
+    unquantized,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -72,39 +81,77 @@ def resolve_dtype(settings: ModelSettings, trainable: bool) -> torch.dtype:
 
 
 def load_policy(settings: ModelSettings, trainable: bool = True) -> PreTrainedModel | PeftModel:
-    """The causal language model of `settings`, with a fresh LoRA adapter where `use_peft` asks for one.
+    """The causal language model of `settings`, with the LoRA adapter that is trained where `use_peft` asks for one.
 
-    Embeddings grow by the tokens that `load_tokenizer` adds; the new rows start as the mean of the old ones. A model
-    that is not `trainable` comes frozen and in eval mode. Llama has no dropout; where a model has, it is switched off
-    (recipe sheet 10.31), so that log-probs of one state are always the same numbers.
+    That adapter starts as a copy of `adapter_path`, or as the identity; without `use_peft`, `adapter_path` is merged
+    into the weights. A model that is not `trainable` comes frozen and in eval mode.
+    """
+    if settings.load_in_4bit and trainable and not settings.use_peft:
+        raise UserError("load_in_4bit: 4-bit weights cannot be trained themselves; add use_peft: true")
+    model = load_base(settings, trainable)
+    if settings.adapter_path is not None:
+        config, weights, _ = read_adapter(settings.adapter_path, settings.model_name_or_path, "adapter_path")
+        adapters = Adapters(model)
+        adapters.add("default", config, weights, trained=trainable)
+        if trainable and settings.use_peft:
+            return adapters.model
+        if settings.load_in_4bit:
+            return adapters.model.requires_grad_(False).eval()
+        model = adapters.model.merge_and_unload()
+    if not trainable:
+        return model.requires_grad_(False).eval()
+    model.requires_grad_(True)
+    if settings.use_peft:
+        return add_lora(model, settings)
+    if settings.freeze_embeddings:
+        freeze_embeddings(model)
+    return model
+
+
+def load_base(settings: ModelSettings, trainable: bool = True, device: torch.device | None = None) -> PreTrainedModel:
+    """The weights at `model_name_or_path` alone, in 4 bits (then on `device`) where `load_in_4bit` asks for it.
+
+    Embeddings grow by the tokens that `load_tokenizer` adds; the new rows start as the mean of the old ones. Llama has
+    no dropout; where a model has, it is switched off (recipe sheet 10.31), so that log-probs of one state are always
+    the same numbers.
     """
     path = settings.model_name_or_path
     tokenizer = load_tokenizer(path)
+    dtype = resolve_dtype(settings, trainable)
+    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    quantization = four_bit_options(dtype, device) if settings.load_in_4bit else {}
     try:
         model, loaded = AutoModelForCausalLM.from_pretrained(
             path,
-            dtype=resolve_dtype(settings, trainable),
+            dtype=dtype,
             attn_implementation=settings.attn_implementation,
             use_safetensors=True,
             output_loading_info=True,
+            **quantization,
         )
     except (OSError, ValueError, ImportError) as error:
         raise UserError(f"model_name_or_path: no causal language model can be loaded from {path!r}: {error}") from error
     if loaded["missing_keys"]:  # they would be random: a reward model, for instance, has no output layer
         missing = ", ".join(sorted(loaded["missing_keys"])[:3])
         raise UserError(f"model_name_or_path: {path!r} is no causal language model: it lacks the weights {missing}")
+    keep_layout(model)
     _grow_embeddings(model, len(tokenizer))
     model.config.pad_token_id = tokenizer.pad_token_id
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
-    if not trainable:
-        return model.requires_grad_(False).eval()
-    if settings.use_peft:
-        return add_lora(model, settings)
-    if settings.freeze_embeddings:
-        freeze_embeddings(model)
     return model
+
+
+def unwrap(model: Any) -> Any:
+    """The Hugging Face model inside a PEFT wrapper (its layers carry the adapter), or the model itself."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def decoder_of(model: Any) -> Any:
+    """What gives the hidden states of `model`: all of it but its head."""
+    plain = unwrap(model)
+    return getattr(plain, plain.base_model_prefix)
 
 
 def freeze_embeddings(model: PreTrainedModel) -> None:
@@ -119,17 +166,21 @@ def freeze_embeddings(model: PreTrainedModel) -> None:
             module.requires_grad_(False)
 
 
-def add_lora(model: PreTrainedModel, settings: ModelSettings) -> PeftModel:
-    """A LoRA adapter on all linear layers, or on `lora_target_modules`. It starts as the identity (B = 0)."""
-    config = LoraConfig(
-        task_type="CAUSAL_LM",
+def lora_config(settings: ModelSettings, task_type: str = "CAUSAL_LM") -> LoraConfig:
+    """A fresh adapter on all linear layers but the head, or on `lora_target_modules`."""
+    return LoraConfig(
+        task_type=task_type,
         r=settings.lora_r,
         lora_alpha=settings.lora_alpha,
         lora_dropout=settings.lora_dropout,
         target_modules=settings.lora_target_modules or "all-linear",
     )
+
+
+def add_lora(model: PreTrainedModel, settings: ModelSettings) -> PeftModel:
+    """`model` with the adapter of `lora_config`, which starts as the identity (B = 0)."""
     try:
-        return get_peft_model(model, config)
+        return get_peft_model(model, lora_config(settings))
     except ValueError as error:
         raise UserError(f"lora_target_modules: {error}") from error
 
@@ -190,20 +241,23 @@ def _grow_embeddings(model: PreTrainedModel, vocabulary: int) -> None:
 
 
 def merged_state_dict(model: PreTrainedModel | PeftModel) -> tuple[PreTrainedModel, dict[str, torch.Tensor]]:
-    """The base model and its weights with the active adapters added: W + (alpha / r) B A. The model is not touched."""
-    if not isinstance(model, PeftModel):
-        return model, model.state_dict()
-    base: PreTrainedModel = model.get_base_model()
+    """A model to save, and its weights with the active adapters added: W + (alpha / r) B A. `model` is not touched.
+
+    4-bit weights are what they stand for, in the dtype they were quantised from; the model to save is then a plain one.
+    """
+    base: PreTrainedModel = unwrap(model)
     state = {
         name.replace(".base_layer.", "."): weight for name, weight in base.state_dict().items() if "lora_" not in name
     }
     with torch.no_grad():
         for name, module in base.named_modules():
             if isinstance(module, LoraLayer):
-                weight = module.get_base_layer().weight
+                weight = dense_weight(module.get_base_layer())
                 delta = sum(module.get_delta_weight(adapter).float() for adapter in module.active_adapters)
                 state[f"{name}.weight"] = (weight.float() + delta).to(weight.dtype)
-    return base, state
+            elif is_four_bit(module) and not name.endswith(".base_layer"):
+                state[f"{name}.weight"] = dense_weight(module)
+    return (unquantized(base, state) if is_quantized(base) else base), state
 
 
 def save_policy(
@@ -228,7 +282,7 @@ def save_policy(
     if sentencepiece := sentencepiece_file(tokenizer):  # Llama 2's exact ids need it, and save_pretrained leaves it out
         shutil.copyfile(sentencepiece, folder / "tokenizer.model")
     if isinstance(model, PeftModel):
-        model.save_pretrained(folder / "adapter")
+        model.save_pretrained(folder / "adapter", selected_adapters=["default"])  # of several on one base: the policy's
     (folder / "README.md").write_text(card, encoding="utf-8")
     return folder
 

@@ -38,18 +38,26 @@ from configs.errors import UserError
 from configs.model_settings import ModelSettings, RunSettings
 from configs.ppo_settings import PPOSettings
 from rlhf.advantages import explained_variance, moments
-from rlhf.checkpoint import latest_step, load_checkpoint, replace_folder, save_checkpoint
+from rlhf.checkpoint import (
+    latest_step,
+    load_checkpoint,
+    load_weights,
+    replace_folder,
+    save_checkpoint,
+    save_weights,
+)
 from rlhf.draw import sample_seeds
 from rlhf.hardware import peak_memory_mib, token_budget
-from rlhf.models import data_fingerprint, load_tokenizer, model_card, save_policy
+from rlhf.models import data_fingerprint, load_tokenizer, model_card, save_policy, unwrap
 from rlhf.prompts import prompts_of, read_encoded
-from rlhf.roles import load_roles, unwrap
+from rlhf.load_roles import load_roles
 from rlhf.rollout import Rollout, advantages_and_returns, collect
 from rlhf.run import RunFolder
 from rlhf.sampler import prompt_room
 from rlhf.samples import Prompt
 from rlhf.update import make_optimizer, update
 
+BEST = "policy.safetensors"  # in best-<step>
 EVALUATION = 2**31  # added to the seed of held-out sampling: never the seed of an iteration
 
 
@@ -60,16 +68,16 @@ class Run:
         self.settings, self.folder = run, folder
         self.accelerator = Accelerator(cpu=run.use_cpu or not torch.cuda.is_available())
         self.ppo = ppo = replace(ppo, token_budget=token_budget(ppo.token_budget, self.accelerator.device))
-        self.share = ppo.batch_size // self.accelerator.num_processes
-        if self.share * self.accelerator.num_processes != ppo.batch_size:
+        if ppo.batch_size % (self.accelerator.num_processes * ppo.responses_per_prompt):
             raise UserError(
-                f"batch_size {ppo.batch_size} is not a multiple of {self.accelerator.num_processes} processes"
+                f"batch_size {ppo.batch_size} is not a multiple of {self.accelerator.num_processes} processes times "
+                f"responses_per_prompt {ppo.responses_per_prompt}"
             )
         set_seed(run.seed)
         self.tokenizer = load_tokenizer(model_settings.model_name_or_path)
         self.chat_format = load_chat_format(self.tokenizer, model_settings.chat_format)
         self.roles = load_roles(ppo, model_settings, self.tokenizer, self.accelerator.device, run.seed)
-        room = prompt_room(unwrap(self.roles.policy), ppo.max_new_tokens, ppo.max_prompt_tokens)
+        room = prompt_room(unwrap(self.roles.policy.model), ppo.max_new_tokens, ppo.max_prompt_tokens)
         rejected = str(Path(run.output_dir, "rejected.jsonl")) if self.accelerator.is_main_process else None
         self.prompts, held_out = (
             read_encoded(files, self.chat_format, room, rejected, ppo.max_reject_share)
@@ -79,21 +87,20 @@ class Run:
         if not self.prompts:
             raise UserError("prompt_files: no prompts to sample from")
         self.optimizer = make_optimizer(self.roles, ppo)
-        self.models = {"policy": self.roles.policy, "value": self.roles.value}
         self.state: dict[str, Any] = {
             "step": 0, "skipped": 0, "best": None, "unit": None, "value_unit": None, "figures": {}
         }  # fmt: skip
         self.folder_path = Path(run.output_dir)
 
-    def sample(self, prompts: Sequence[Prompt], seed: int, with_values: bool = True) -> Rollout:
+    def sample(self, prompts: Sequence[Prompt], seed: int, k: int = 1, with_values: bool = True) -> Rollout:
         """This process's share of the responses; seeds belong to prompts, so processes do not change them."""
         rank, processes = self.accelerator.process_index, self.accelerator.num_processes
         size = -(-len(prompts) // processes)
         filled = [*prompts, *[prompts[0]] * (size * processes - len(prompts))]  # `gathered` drops the surplus
         own = filled[rank * size : (rank + 1) * size]
-        seeds = sample_seeds(seed, len(own), first=rank * size)
+        seeds = sample_seeds(seed, len(own) * k, first=rank * size * k)
         return collect(self.roles, own, self.ppo, self.chat_format, self.tokenizer.pad_token_id, seeds,
-                       self.accelerator.device, with_values)  # fmt: skip
+                       self.accelerator.device, k, with_values)  # fmt: skip
 
     def gathered(self, count: int, *columns: torch.Tensor) -> torch.Tensor:
         """[count, len(columns)] float32: [B] tensors of all processes' responses, in the order of their prompts."""
@@ -104,7 +111,8 @@ class Run:
         """One iteration of PPO; its figures."""
         begin = time.perf_counter()
         seed = self.settings.seed * 1_000_003 + step
-        rollout = self.sample(prompts_of(step, self.prompts, self.ppo.batch_size, self.settings.seed), seed)
+        k = self.ppo.responses_per_prompt
+        rollout = self.sample(prompts_of(step, self.prompts, self.ppo.batch_size // k, self.settings.seed), seed, k)
         rollout = self.put_values_on_scale(rollout)
         advantages_BR, returns_BR = advantages_and_returns(rollout, self.ppo, self.accelerator)
         collected = time.perf_counter()
@@ -113,7 +121,7 @@ class Run:
             self.state["skipped"],
         )  # fmt: skip
         done = time.perf_counter()
-        tokens = sum(rollout.sequences.lengths) * self.accelerator.num_processes
+        tokens = rollout.sequences.tokens * self.accelerator.num_processes
         if (step + 1) % self.settings.logging_steps == 0:
             self.folder.samples(step + 1, self.decoded(rollout)[: self.ppo.num_samples])
         return {
@@ -135,7 +143,7 @@ class Run:
 
     def put_values_on_scale(self, rollout: Rollout) -> Rollout:
         """On the first iteration, the affine map of the module docstring, point 2; it then stays."""
-        if self.state["value_unit"] is not None or self.ppo.value_model != "helpfulness":
+        if self.state["value_unit"] is not None or not self.ppo.value_path:
             return rollout
         scores = self.gathered(self.ppo.batch_size, rollout.scores_B)
         shift, scale = float(scores.mean()), float(scores.std(unbiased=False).clamp(min=1e-3))
@@ -202,7 +210,7 @@ class Run:
         if best is None or objective > best["objective"]:
             self.state["best"] = {"step": step, "objective": objective, **figures}
             if self.ppo.save_best:
-                self.save_model(f"best-{step}", self.state["best"])
+                self.save_best(step)
                 if not self.ppo.save_steps:
                     self.drop_best(keep=step)
         return {**figures, "eval/objective": objective}
@@ -212,8 +220,21 @@ class Run:
         if self.accelerator.is_main_process:
             files = [*self.ppo.prompt_files, *([self.ppo.eval_prompt_file] if self.ppo.eval_prompt_file else [])]
             card = model_card("ppo", self.folder.settings, {f: data_fingerprint(f) for f in files}, results)
-            partial = save_policy(self.roles.policy, self.tokenizer, self.folder_path / f".{name}.partial", card)
+            with self.roles.policy.acting():
+                partial = save_policy(
+                    self.roles.policy.model, self.tokenizer, self.folder_path / f".{name}.partial", card
+                )
             replace_folder(partial, self.folder_path / name)
+        self.accelerator.wait_for_everyone()
+
+    def save_best(self, step: int) -> None:
+        """Write the policy's trained weights to `best-<step>`, whole or not at all."""
+        if self.accelerator.is_main_process:
+            partial = self.folder_path / f".best-{step}.partial"
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir()
+            save_weights(self.roles.policy.trained, partial / BEST)
+            replace_folder(partial, self.folder_path / f"best-{step}")
         self.accelerator.wait_for_everyone()
 
     def drop_best(self, keep: int | None) -> None:
@@ -227,15 +248,9 @@ class Run:
         """Write `output_dir/model`: the best policy or the last. `best-<step>` stays until the summary is written, so
         that a run killed in between finds it again.
         """
-        if not self.ppo.save_best:
-            self.save_model("model", self.state["figures"])
-            return
-        if self.accelerator.is_main_process:
-            partial = self.folder_path / ".model.partial"
-            shutil.rmtree(partial, ignore_errors=True)
-            shutil.copytree(self.folder_path / f"best-{self.state['best']['step']}", partial)
-            replace_folder(partial, self.folder_path / "model")
-        self.accelerator.wait_for_everyone()
+        if self.ppo.save_best:
+            load_weights(self.roles.policy.trained, self.folder_path / f"best-{self.state['best']['step']}" / BEST)
+        self.save_model("model", self.state["best"] if self.ppo.save_best else self.state["figures"])
 
     def over_cap(self) -> bool:
         """True once the last iteration's KL has passed `max_kl_nats`."""
@@ -243,7 +258,7 @@ class Run:
 
     def resume(self) -> int:
         """Continue from the newest checkpoint, if there is one; the number of finished iterations."""
-        state = load_checkpoint(self.folder_path, self.models, self.optimizer) if self.settings.resume else None
+        state = load_checkpoint(self.folder_path, self.roles.trained, self.optimizer) if self.settings.resume else None
         if state is not None:
             self.state = state
             self.roles.value_shift, self.roles.value_scale = state["value_unit"] or (0.0, 1.0)
@@ -252,7 +267,7 @@ class Run:
     def checkpoint(self, step: int) -> None:
         """Save everything that shapes the iterations to come, and the figures of a summary still to be written."""
         if self.accelerator.is_main_process:
-            save_checkpoint(self.folder_path, step, self.models, self.optimizer, self.state)
+            save_checkpoint(self.folder_path, step, self.roles.trained, self.optimizer, self.state)
         if self.state["best"]:
             self.drop_best(keep=self.state["best"]["step"])  # only now: until here the last checkpoint named the other
         self.accelerator.wait_for_everyone()

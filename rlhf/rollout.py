@@ -1,6 +1,6 @@
 """One iteration's responses with everything known about them before the update (paper 3.2.3, Eq. 4).
 
-Axes: B responses of this process, R response tokens (padded on the right), as in rlhf/roles.py.
+Axes: B responses of this process, R response tokens (padded on the right), as in rlhf/sequences.py.
 """
 
 import time
@@ -17,9 +17,10 @@ from configs.ppo_settings import PPOSettings
 from configs.sampling_settings import SamplingSettings
 from reward.combine import combined_reward, whiten
 from rlhf.advantages import gae, masked_whiten, moments, per_token_kl, place_rewards
-from rlhf.roles import Roles, Sequences
+from rlhf.roles import Role, Roles
 from rlhf.sampler import sample
 from rlhf.samples import Prompt
+from rlhf.sequences import Sequences
 
 
 @dataclass(frozen=True)
@@ -58,52 +59,56 @@ def collect(
     pad_id: int,
     seeds: Sequence[int],
     device: Any,
+    k: int = 1,
     with_values: bool = True,
 ) -> Rollout:
-    """Sample one response a prompt from the policy, score it with both reward models, add log-probs and values.
+    """Sample k responses a prompt from the policy, score them with both reward models, add log-probs and values.
 
-    `seeds` has one number a prompt: a response depends on its own, not on the batch or process that computes it. The
+    `seeds` has one number a response, which depends on its own alone, not on the batch or process that computes it. The
     reward models get the sampled ids themselves, never re-encoded text.
     """
     clock = {"start": time.perf_counter()}
     settings = SamplingSettings(temperature=ppo.temperature, top_p=1.0, top_k=0, max_new_tokens=ppo.max_new_tokens)
-    prompt_ids = [prompt.ids for prompt in prompts]
-    batch = sample(
-        roles.policy, prompt_ids, 1, settings, stop_ids=chat_format.stop_ids, pad_id=pad_id, seed=seeds, max_rows=1024
-    )
-    responses = batch.response_ids
-    clock["sample"] = time.perf_counter()
+    with roles.base_gathered():
+        with roles.policy.whole() as policy:
+            batch = sample(policy, [prompt.ids for prompt in prompts], k, settings, stop_ids=chat_format.stop_ids,
+                           pad_id=pad_id, seed=seeds, max_rows=1024)  # fmt: skip
+        prompts = [prompt for prompt in prompts for _ in range(k)]
+        responses = batch.response_ids
+        sequences = Sequences.build([p.ids for p in prompts], responses, device, k, roles.take_trees)
+        clock["sample"] = time.perf_counter()
 
-    whole = [[*p, *r] for p, r in zip(prompt_ids, responses, strict=True)]
-    r_helpfulness_B = roles.scores("helpfulness", whole, ppo.token_budget)
-    r_safety_B = roles.scores("safety", whole, ppo.token_budget)
-    is_safety_B = torch.tensor([prompt.is_safety for prompt in prompts])
-    scores_B = combined_reward(r_safety_B, r_helpfulness_B, is_safety_B, ppo.safety_threshold)
-    safety_decides_B = is_safety_B | (scores_B != r_helpfulness_B)
-    stopped_B = torch.tensor([reason == "stop" for reason in batch.finish_reasons])
-    scores_B = scores_B - ppo.missing_eos_penalty * (~stopped_B).float()
+        r_helpfulness_B, r_safety_B = (
+            roles.scores(name, sequences.ids, ppo.token_budget, k) for name in ("helpfulness", "safety")
+        )
+        is_safety_B = torch.tensor([prompt.is_safety for prompt in prompts])
+        scores_B = combined_reward(r_safety_B, r_helpfulness_B, is_safety_B, ppo.safety_threshold)
+        safety_decides_B = is_safety_B | (scores_B != r_helpfulness_B)
+        stopped_B = torch.tensor([reason == "stop" for reason in batch.finish_reasons])
+        scores_B = scores_B - ppo.missing_eos_penalty * (~stopped_B).float()
+        clock["reward"] = time.perf_counter()
 
-    sequences = Sequences.build(prompt_ids, responses, device)
-    micro_batches = sequences.micro_batches(range(len(prompts)), ppo.token_budget)
+        micro_batches = sequences.micro_batches(range(len(prompts)), ppo.token_budget)
 
-    def over(function: Callable[[Tensor], Tensor]) -> Tensor:
-        return sequences.scatter([(rows_M, function(rows_M)) for rows_M in micro_batches])
+        def over(role: Role, function: Callable[[Sequence[int]], Tensor]) -> Tensor:
+            with role.whole():
+                return sequences.scatter([(rows, function(rows)) for rows in micro_batches])
 
-    clock["reward"] = time.perf_counter()
-    if (
-        ppo.recompute_logprobs or ppo.bf16
-    ):  # bfloat16 rounds far from the sampler's float32: ratios would not start at 1
-        logprobs_BR = over(lambda rows_M: roles.policy_logprobs(sequences, rows_M)[0])
-    else:
-        logprobs_BR = torch.zeros(sequences.response_mask_BR.shape, device=device)
-        logprobs_BR[sequences.response_mask_BR] = torch.cat(
-            [torch.as_tensor(row, dtype=torch.float32) for row in batch.logprobs]
-        ).to(device)
-    clock["recompute"] = time.perf_counter()
-    reference_logprobs_BR = over(lambda rows_M: roles.reference_logprobs(sequences, rows_M))
-    clock["reference"] = time.perf_counter()
-    values_BR = over(lambda rows_M: roles.values(sequences, rows_M)) if with_values else torch.zeros_like(logprobs_BR)
-    clock["value"] = time.perf_counter()
+        # bfloat16 rounds far from the sampler's float32: ratios would not start at 1
+        if ppo.recompute_logprobs or ppo.bf16:
+            logprobs_BR = over(roles.policy, lambda rows: roles.policy_logprobs(sequences, rows)[0])
+        else:
+            logprobs_BR = torch.zeros(sequences.response_mask_BR.shape, device=device)
+            logprobs_BR[sequences.response_mask_BR] = torch.cat(
+                [torch.as_tensor(row, dtype=torch.float32) for row in batch.logprobs]
+            ).to(device)
+        clock["recompute"] = time.perf_counter()
+        reference_logprobs_BR = over(roles.reference, lambda rows: roles.reference_logprobs(sequences, rows))
+        clock["reference"] = time.perf_counter()
+        values_BR = torch.zeros_like(logprobs_BR)
+        if with_values:
+            values_BR = over(roles.value, lambda rows: roles.values(sequences, rows))
+        clock["value"] = time.perf_counter()
     seconds = {after: clock[after] - clock[before] for before, after in pairwise(clock)}
     return Rollout(
         prompts, responses, sequences, stopped_B, logprobs_BR, reference_logprobs_BR, values_BR, r_helpfulness_B,

@@ -41,7 +41,8 @@ from configs.sampling_settings import SamplingSettings
 from configs.sft_settings import SFTSettings
 from rlhf.models import data_fingerprint, load_policy, load_tokenizer, model_card, save_policy
 from rlhf.hardware import attend_in_float32
-from rlhf.roles import rescaled_logits, unwrap
+from rlhf.models import unwrap
+from rlhf.roles import rescaled_logits
 from rlhf.run import RunFolder
 from rlhf.sampler import sample
 from rlhf.sft_rows import IGNORED, collator_for, encode_rows, mix, to_dataset

@@ -42,8 +42,7 @@ from reward.evaluation import pair_summary  # noqa: E402
 from reward.loss import margin_table  # noqa: E402
 from reward.model import add_lora, create_reward_model, save_reward_model  # noqa: E402
 from rlhf.hardware import attend_in_float32  # noqa: E402
-from rlhf.models import data_fingerprints, freeze_embeddings, load_tokenizer, model_card, resolve_dtype  # noqa: E402
-from rlhf.roles import unwrap  # noqa: E402
+from rlhf.models import data_fingerprints, freeze_embeddings, load_tokenizer, model_card, resolve_dtype, unwrap  # noqa: E402
 from rlhf.reward_inputs import read_inputs  # noqa: E402
 from rlhf.reward_training import CHECKPOINTS, RewardTrainer, score_pairs, training_arguments  # noqa: E402
 from rlhf.run import NOT_COMPARED, RunFolder  # noqa: E402
@@ -58,8 +57,10 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
     resolved = {**asdict(settings), **asdict(model_settings), **asdict(run_settings), "data": data}
     if done := RunFolder.completed(run_settings.output_dir, resolved):
         return done
-    if settings.load_in_4bit and not model_settings.use_peft:
+    if model_settings.load_in_4bit and not model_settings.use_peft:
         raise UserError("load_in_4bit: 4-bit weights cannot be trained themselves; add use_peft: true")
+    if model_settings.adapter_path is not None and not model_settings.use_peft:
+        raise UserError("adapter_path: training all weights starts from a merged model, the `model` folder around it")
     margins = rating_margins(settings)
     started = monotonic()
     arguments = training_arguments(run_settings, settings)  # joins the processes of a distributed run
@@ -88,7 +89,7 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
         resolve_dtype(model_settings, trainable=True),
         model_settings.attn_implementation,
         run_settings.seed,
-        arguments.device if settings.load_in_4bit else None,
+        arguments.device if model_settings.load_in_4bit else None,
     )
     if model_settings.use_peft:
         if settings.gradient_checkpointing:
@@ -99,6 +100,7 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
             model_settings.lora_alpha,
             model_settings.lora_dropout,
             model_settings.lora_target_modules,
+            model_settings.adapter_path,
         )
     elif model_settings.freeze_embeddings:
         freeze_embeddings(model)

@@ -23,8 +23,8 @@ MAX_SKIPPED_IN_A_ROW = 3
 def make_optimizer(roles: Roles, ppo: PPOSettings) -> torch.optim.Optimizer:
     """AdamW over policy and value model, each with its learning rate; weight decay on matrices only."""
     groups = []
-    for model, rate in ((roles.policy, ppo.learning_rate), (roles.value, ppo.value_learning_rate)):
-        trained = [p for p in model.parameters() if p.requires_grad]
+    for role, rate in ((roles.policy, ppo.learning_rate), (roles.value, ppo.value_learning_rate)):
+        trained = list(role.trained.values())
         groups.append({"params": [p for p in trained if p.ndim > 1], "lr": rate, "weight_decay": ppo.weight_decay})
         groups.append({"params": [p for p in trained if p.ndim <= 1], "lr": rate, "weight_decay": 0.0})
     return torch.optim.AdamW(
@@ -36,10 +36,15 @@ def make_optimizer(roles: Roles, ppo: PPOSettings) -> torch.optim.Optimizer:
 
 
 def mini_batches(responses: int, ppo: PPOSettings, seed: int) -> Iterable[list[int]]:
-    """Global response indices of each mini-batch, every epoch in a new order; the same on every process."""
+    """Global response indices of each mini-batch, every epoch in a new order; the same on every process.
+
+    Responses to one prompt stay together, as their prompt is computed once for them.
+    """
     generator = torch.Generator().manual_seed(seed)
+    k = ppo.responses_per_prompt
     for _ in range(ppo.ppo_epochs):
-        order = torch.randperm(responses, generator=generator).tolist()
+        prompts = torch.randperm(responses // k, generator=generator).tolist()
+        order = [prompt * k + i for prompt in prompts for i in range(k)]
         yield from (order[i : i + ppo.mini_batch_size] for i in range(0, responses, ppo.mini_batch_size))
 
 
@@ -63,7 +68,7 @@ def update(
     first = accelerator.process_index * own
     device = advantages_BR.device
     sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), dtype=torch.float64, device=device))
-    parameters = [[p for p in model.parameters() if p.requires_grad] for model in (roles.policy, roles.value)]
+    parameters = [list(role.trained.values()) for role in (roles.policy, roles.value)]
     steps = skipped = 0
     for step, mini_batch in enumerate(mini_batches(own * accelerator.num_processes, ppo, seed)):
         rows = [index - first for index in mini_batch if first <= index < first + own]
@@ -98,7 +103,7 @@ def update(
 def _backward(
     roles: Roles,
     rollout: Rollout,
-    rows: Sequence[int],
+    mine: Sequence[int],
     advantages_BR: Tensor,
     returns_BR: Tensor,
     tokens: Tensor,
@@ -107,22 +112,30 @@ def _backward(
     """Add the gradient of this process's share of a mini-batch, micro-batch by micro-batch; returns sums to watch."""
     sequences = rollout.sequences
     sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), dtype=torch.float64, device=tokens.device))
-    for rows_M in sequences.micro_batches(rows, ppo.token_budget) if rows else []:
-        logprobs_N, entropy_N = roles.policy_logprobs(sequences, rows_M, entropy=True)
-        old_N, advantages_N = sequences.flat(rollout.logprobs_BR, rows_M), sequences.flat(advantages_BR, rows_M)
-        policy_loss, policy_stats = policy_loss_sum(logprobs_N, old_N, advantages_N, ppo.clip_range)
-        (policy_loss / tokens).backward()
-
-        values_N = roles.values(sequences, rows_M)
-        old_values_N, returns_N = sequences.flat(rollout.values_BR, rows_M), sequences.flat(returns_BR, rows_M)
-        value_loss, value_stats = value_loss_sum(values_N, old_values_N, returns_N, ppo.value_clip_range)
-        (ppo.value_coef * value_loss / tokens).backward()
+    for rows in sequences.micro_batches(mine, ppo.token_budget) if mine else []:
+        old_N, advantages_N, old_values_N, returns_N = (
+            sequences.flat(x_BR, rows) for x_BR in (rollout.logprobs_BR, advantages_BR, rollout.values_BR, returns_BR)
+        )
+        with roles.policy.acting():
+            if roles.one_trunk:
+                logprobs_N, entropy_N, values_N = roles.logprobs_and_values(sequences, rows)
+                value_loss, value_stats = value_loss_sum(values_N, old_values_N, returns_N, ppo.value_clip_range)
+            else:
+                logprobs_N, entropy_N = roles.policy_logprobs(sequences, rows, entropy=True)
+            policy_loss, policy_stats = policy_loss_sum(logprobs_N, old_N, advantages_N, ppo.clip_range)
+            loss = policy_loss + ppo.value_coef * value_loss if roles.one_trunk else policy_loss
+            (loss / tokens).backward()
+        if not roles.one_trunk:
+            with roles.value.acting():
+                values_N = roles.values(sequences, rows)
+                value_loss, value_stats = value_loss_sum(values_N, old_values_N, returns_N, ppo.value_clip_range)
+                (ppo.value_coef * value_loss / tokens).backward()
 
         for name, value in {**policy_stats, **value_stats}.items():
             sums[name] += value
         sums["policy_loss"] += policy_loss.detach()
         sums["value_loss"] += value_loss.detach()
-        sums["entropy"] += entropy_N.sum()  # type: ignore[union-attr]
+        sums["entropy"] += entropy_N.sum()
         sums["tokens"] += len(old_N)
     return sums
 

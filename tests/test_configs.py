@@ -20,9 +20,9 @@ from configs.chat import load_chat_format
 from configs.rounds_settings import RoundsSettings
 from reward.model import add_lora, create_reward_model, load_reward_model
 from rlhf import cli, scaling_study
+from rlhf.load_roles import load_roles
 from rlhf.models import load_policy, resolve_dtype
 from rlhf.pipeline import PipelineSettings, Stage, read_stages
-from rlhf.roles import load_roles
 from rlhf.round_stages import round_stages
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
@@ -92,8 +92,9 @@ def test_the_models_of_every_config_load(path, tiny):
     trained: list[Any] = []
     if run == "ppo":
         roles = load_roles(settings["PPOSettings"], settings["ModelSettings"], tokenizer, "cpu", 0)
-        trained += [roles.policy, roles.value]
-        assert roles.reference is None  # with LoRA and `start`: the policy with its adapter switched off
+        trained += [roles.policy.model, roles.value.adapters.model]
+        assert roles.reference.model is roles.policy.model  # with LoRA and `start`: its adapter switched off
+        assert roles.reference.adapter is None
     elif run == "train_reward":
         model_settings = settings["ModelSettings"]
         dtype = resolve_dtype(model_settings, trainable=True)

@@ -7,8 +7,8 @@ from configs.errors import UserError
 from configs.sampling_settings import SamplingSettings
 from rlhf import continuous_batching
 from rlhf.continuous_batching import ContinuousBatching
-from rlhf.roles import teacher_forced_logprobs
 from rlhf.samples import Prompt
+from rlhf.sequences import teacher_forced_logprobs
 
 PROMPTS = [Prompt([], ids) for ids in ([5, 6, 7], [9, 10], [5, 6, 7, 8, 40, 41], [90])]
 

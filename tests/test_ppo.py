@@ -21,10 +21,11 @@ from configs.ppo_settings import PPOSettings
 from rlhf import ppo as ppo_script
 from rlhf import update as update_module
 from rlhf.hardware import FLOAT_ATTENTION, token_budget
+from rlhf.load_roles import load_roles
 from rlhf.prompts import prompts_of
-from rlhf.roles import Sequences, load_roles
 from rlhf.rollout import advantages_and_returns, collect
 from rlhf.samples import Prompt
+from rlhf.sequences import Sequences
 from rlhf.update import make_optimizer, update
 
 SMALL = {"batch_size": 16, "mini_batch_size": 8, "max_new_tokens": 6, "token_budget": 200, "value_coef": 1.0,
@@ -57,7 +58,7 @@ def load(paths, settings, **model):
 
 def test_frozen_embeddings_train_in_neither_policy_nor_value_model(paths):
     roles = load(paths, settings_for(paths), freeze_embeddings=True)
-    for model in (roles.policy, roles.value):
+    for model in (roles.policy.model, roles.value.model):
         frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
         assert frozen == {name for name, _ in model.named_parameters() if "embed_tokens" in name or "lm_head" in name}
 
@@ -73,20 +74,17 @@ def roll(roles, settings, count=16):
 
 
 def trained(roles):
-    return torch.cat(
-        [p.detach().flatten() for m in (roles.policy, roles.value) for p in m.parameters() if p.requires_grad]
-    )
+    return torch.cat([p.detach().flatten() for own in roles.trained.values() for p in own.values()])
 
 
 def test_sequences_by_hand():
     sequences = Sequences.build([[5, 6], [9]], [[7, 8, 2], [4]], "cpu")
-    assert sequences.ids_BT.tolist() == [[5, 6, 7, 8, 2], [9, 4, 0, 0, 0]]
-    assert sequences.predicts_BT.int().tolist() == [[0, 1, 1, 1, 0], [1, 0, 0, 0, 0]]
+    assert sequences.ids == [[5, 6, 7, 8, 2], [9, 4]]
     assert sequences.response_mask_BR.int().tolist() == [[1, 1, 1], [1, 0, 0]]
     x = torch.tensor([[1.0, 2.0, 3.0], [4.0, 0.0, 0.0]])
-    parts = [(torch.tensor([1]), torch.tensor([4.0])), (torch.tensor([0]), torch.tensor([1.0, 2.0, 3.0]))]
+    parts = [([1], torch.tensor([4.0])), ([0], torch.tensor([1.0, 2.0, 3.0]))]
     assert torch.equal(sequences.scatter(parts), x)
-    assert sequences.flat(x, torch.tensor([1, 0])).tolist() == [4.0, 1.0, 2.0, 3.0]
+    assert sequences.flat(x, [1, 0]).tolist() == [4.0, 1.0, 2.0, 3.0]
 
 
 @pytest.mark.parametrize("reference", ["start", "sft"])
@@ -95,8 +93,8 @@ def test_a_rollout_equals_plain_one_by_one_computation(paths, reference, lora):
     settings = settings_for(paths, reference_model=reference, sft_model_path=paths["sft"])
     roles = load(paths, settings, use_peft=lora, lora_r=4)
     with torch.no_grad():  # move the policy away from its start, so that a reference that follows it is caught
-        for name, p in roles.policy.named_parameters():
-            if p.requires_grad and ("lora_B" in name or not lora):
+        for name, p in roles.policy.trained.items():
+            if "lora_B" in name or not lora:
                 p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(7)), alpha=0.1)
     rollout = roll(roles, settings)
     start = AutoModelForCausalLM.from_pretrained(paths["sft" if reference == "sft" else "policy"])
@@ -108,7 +106,7 @@ def test_a_rollout_equals_plain_one_by_one_computation(paths, reference, lora):
         ids = torch.tensor([prompt.ids + response])
         first, length = len(prompt.ids), len(response)
         with torch.no_grad():
-            for model, ours in ((roles.policy, rollout.logprobs_BR), (start, rollout.reference_logprobs_BR)):
+            for model, ours in ((roles.policy.model, rollout.logprobs_BR), (start, rollout.reference_logprobs_BR)):
                 table = model(ids).logits[0].log_softmax(-1)
                 expected = torch.stack([table[first + t - 1, token] for t, token in enumerate(response)])
                 torch.testing.assert_close(ours[i, :length], expected, atol=1e-4, rtol=1e-4)
@@ -284,15 +282,15 @@ def test_the_kl_cap_stops_and_the_best_held_out_policy_is_kept(paths, tmp_path, 
     real_evaluate, real_sample = ppo_script.Run.evaluate, ppo_script.Run.sample
     kept = {}
 
-    def sample(self, prompts, seed, with_values=True):
-        rollout = real_sample(self, prompts, seed, with_values)
+    def sample(self, prompts, seed, k=1, with_values=True):
+        rollout = real_sample(self, prompts, seed, k, with_values)
         if with_values:
             return rollout
         spread = torch.linspace(-1, 1, len(rollout.scores_B))
         return replace(rollout, scores_B=next(scores) + spread)
 
     def evaluate(self, step):
-        kept[step] = torch.cat([p.detach().flatten() for p in self.roles.policy.parameters()])
+        kept[step] = torch.cat([p.detach().flatten() for p in self.roles.policy.model.parameters()])
         return real_evaluate(self, step)
 
     monkeypatch.setattr(ppo_script.Run, "sample", sample)
@@ -363,7 +361,7 @@ def test_a_run_killed_while_it_hands_over_the_best_policy_finishes(paths, tmp_pa
 def test_bf16_rounds_hidden_states_and_little_else(paths):
     settings = settings_for(paths)
     plain, mixed = load(paths, settings), load(paths, replace(settings, bf16=True))
-    assert mixed.policy.config._attn_implementation == FLOAT_ATTENTION
+    assert mixed.policy.model.config._attn_implementation == FLOAT_ATTENTION
     one, two = roll(plain, settings), roll(mixed, replace(settings, bf16=True))
     assert one.responses == two.responses  # sampling is left alone
     for name in ("logprobs_BR", "reference_logprobs_BR", "values_BR", "r_helpfulness_B", "r_safety_B"):
@@ -375,13 +373,13 @@ def test_bf16_rounds_hidden_states_and_little_else(paths):
         mixed, make_optimizer(mixed, settings), two, advantages, returns, settings, Accelerator(cpu=True), 0
     )
     assert figures["policy/first_ratio_error"] < 5e-3
-    assert all(p.dtype == torch.float32 for p in mixed.policy.parameters())
+    assert all(p.dtype == torch.float32 for p in mixed.policy.model.parameters())
 
 
 @pytest.mark.slow
 def test_two_processes_reach_what_one_does(paths, tmp_path):
     """Uneven shares included: 9 held-out prompts. Adam's epsilon keeps rounding in tiny gradients from growing."""
-    extra = ("--eval_prompts", "9", "--adam_epsilon", "0.01", "--gold", "simulated", "--save_best", "true")
+    extra = ("--eval_prompts", "9", "--adam_epsilon", "0.01", "--gold", "simulated")
     run_ppo(paths, tmp_path / "one", *extra, total=1)
     here = Path(__file__).resolve().parent
     script = tmp_path / "two.py"

@@ -393,7 +393,7 @@ def test_llama2_configs_carry_the_numbers_of_the_paper(size, rate, objective):
     assert settings.min_warmup_steps == 5
     assert settings.safety_weight == (1.0 if objective == "safety" else 0.0)
     assert model.use_peft
-    assert settings.load_in_4bit == (size == "70b")
+    assert model.load_in_4bit == (size == "70b")
 
 
 def test_without_test_files_prompts_are_held_out_and_shares_are_kept(chat_model, files, tmp_path):
