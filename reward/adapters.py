@@ -50,14 +50,21 @@ class Adapters:
             unexpected = set_peft_model_state_dict(self.model, dict(weights), adapter_name=name).unexpected_keys
             if unexpected:
                 raise UserError(f"the adapter for {name} has weights for {unexpected[0]}, which the base lacks")
-        mark = f".{name}."
-        own = {key: p for key, p in self.model.named_parameters() if mark in key and "lora_" in key}
-        self._trained[name] = own if trained else {}
+        self._trained[name] = {}
+        if trained:
+            self._trained[name] = {
+                key: p for key, p in self.model.named_parameters() if f".{name}." in key and "lora_" in key
+            }
         self._keep_gradients()
 
     def parameters(self, name: str) -> dict[str, nn.Parameter]:
         """What is trained of the adapter `name`, by its name in the model."""
         return self._trained[name]
+
+    def refresh(self) -> None:
+        """After sharding, which puts new parameters in the place of the old ones."""
+        for name, own in self._trained.items():
+            self._trained[name] = {key: self.model.get_parameter(key) for key in own}
 
     @contextmanager
     def acting(self, name: str | None) -> Iterator[None]:

@@ -20,6 +20,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from rlhf.sharding import like, whole
+
 Trained = Mapping[str, Mapping[str, nn.Parameter]]  # by role, by name
 
 
@@ -29,20 +31,24 @@ def save_checkpoint(
     trained: Trained,
     optimizer: torch.optim.Optimizer,
     state: Mapping[str, Any],
-) -> Path:
-    """Write `folder/checkpoint-<step>` and drop older ones. `state` is JSON; the random generators are added to it."""
+    write: bool = True,
+) -> None:
+    """Write `folder/checkpoint-<step>` and drop older ones. `state` is JSON; the random generators are added to it.
+
+    Every process calls it, as sharded tensors come together for it; one has `write`.
+    """
     final = Path(folder) / f"checkpoint-{step}"
+    weights = {name: whole_tensors(parameters, write) for name, parameters in trained.items()}
+    tensors = {index: whole_tensors(moments, write) for index, moments in optimizer.state_dict()["state"].items()}
+    if not write:
+        return
     partial = Path(folder) / f".checkpoint-{step}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    for name, parameters in trained.items():
-        save_weights(parameters, partial / f"{name}.safetensors")
-    tensors = {
-        f"{index}.{key}": value.contiguous()
-        for index, moments in optimizer.state_dict()["state"].items()
-        for key, value in moments.items()
-    }
-    save_file(tensors, partial / "optimizer.safetensors")
+    for name, whole_weights in weights.items():
+        save_file(whole_weights, partial / f"{name}.safetensors")
+    flat = {f"{index}.{key}": value for index, moments in tensors.items() for key, value in moments.items()}
+    save_file(flat, partial / "optimizer.safetensors")
     (partial / "state.json").write_text(
         json.dumps({"step": step, **state, "random": random_states()}), encoding="utf-8"
     )
@@ -54,7 +60,6 @@ def save_checkpoint(
     for other in _checkpoints(folder):
         if other != final:
             shutil.rmtree(other)
-    return final
 
 
 def load_checkpoint(folder: str | Path, trained: Trained, optimizer: torch.optim.Optimizer) -> dict[str, Any] | None:
@@ -63,31 +68,35 @@ def load_checkpoint(folder: str | Path, trained: Trained, optimizer: torch.optim
     if not found:
         return None
     path = found[-1]
-    for name, parameters in trained.items():
-        load_weights(parameters, path / f"{name}.safetensors")
+    for name, weights in trained.items():
+        load_weights(weights, path / f"{name}.safetensors")
     moments: dict[int, dict[str, Tensor]] = {}
     for key, value in load_file(path / "optimizer.safetensors").items():
         index, name = key.split(".", 1)
         moments.setdefault(int(index), {})[name] = value
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for index, own in moments.items():
+        moments[index] = {name: like(x, parameters[index]) if x.ndim else x for name, x in own.items()}
     optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
     state = json.loads((path / "state.json").read_text(encoding="utf-8"))
     set_random_states(state.pop("random"))
     return state
 
 
-def save_weights(parameters: Mapping[str, nn.Parameter], path: Path) -> None:
-    """Write trained weights under their names."""
-    save_file({name: p.detach().contiguous() for name, p in parameters.items()}, path)
+def whole_tensors(tensors: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
+    """All parts of each, where `keep`; every process has to call it."""
+    together = ((name, whole(tensor.detach())) for name, tensor in tensors.items())
+    return {name: tensor.contiguous() for name, tensor in together if keep}
 
 
 @torch.no_grad()
 def load_weights(parameters: Mapping[str, nn.Parameter], path: Path) -> None:
-    """Put what `save_weights` wrote back. Raises ValueError where the names differ."""
+    """Put stored weights into the parameters of these names. Raises ValueError where the names differ."""
     stored = load_file(path)
     if stored.keys() != parameters.keys():
         raise ValueError(f"{path} holds other weights than this run trains")
     for name, parameter in parameters.items():
-        parameter.copy_(stored[name])
+        parameter.copy_(like(stored[name], parameter))
 
 
 def replace_folder(partial: Path, final: Path) -> None:

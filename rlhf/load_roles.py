@@ -14,6 +14,7 @@ from configs.ppo_settings import PPOSettings
 from reward.adapters import Adapters, is_adapter, read_adapter
 from reward.attention import use_tree_attention
 from reward.model import BorrowedBackbone, create_reward_model, load_reward_model
+from rlhf import sharding
 from rlhf.hardware import attend_in_float32
 from rlhf.models import freeze_embeddings, load_base, load_policy, lora_config, resolve_dtype, unwrap
 from rlhf.roles import Role, Roles, check_plain_head
@@ -44,6 +45,10 @@ def load_roles(ppo: PPOSettings, model_settings: ModelSettings, tokenizer: Any, 
         if ppo.gradient_checkpointing and role.trained and not isinstance(own, BorrowedBackbone):
             unwrap(own).gradient_checkpointing_enable({"use_reentrant": False})
             own.train()
+    if sharding.wanted():
+        if model_settings.load_in_4bit:
+            raise UserError("load_in_4bit: 4-bit weights are not sharded; launch without FSDP, each GPU holds them all")
+        roles.shard()
     return roles
 
 

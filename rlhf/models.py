@@ -246,17 +246,26 @@ def merged_state_dict(model: PreTrainedModel | PeftModel) -> tuple[PreTrainedMod
     4-bit weights are what they stand for, in the dtype they were quantised from; the model to save is then a plain one.
     """
     base: PreTrainedModel = unwrap(model)
+    # Not state_dict(): it would give the parts of sharded weights, also where they are gathered.
+    kept = {
+        f"{prefix}.{name}" if prefix else name: buffer
+        for prefix, module in base.named_modules()
+        for name, buffer in module.named_buffers(recurse=False)
+        if name not in module._non_persistent_buffers_set
+    }
     state = {
-        name.replace(".base_layer.", "."): weight for name, weight in base.state_dict().items() if "lora_" not in name
+        name.replace(".base_layer.", "."): tensor.detach()
+        for name, tensor in [*base.named_parameters(remove_duplicate=False), *kept.items()]
+        if "lora_" not in name
     }
     with torch.no_grad():
         for name, module in base.named_modules():
             if isinstance(module, LoraLayer):
                 weight = dense_weight(module.get_base_layer())
                 delta = sum(module.get_delta_weight(adapter).float() for adapter in module.active_adapters)
-                state[f"{name}.weight"] = (weight.float() + delta).to(weight.dtype)
+                state[f"{name}.weight"] = (weight.float() + delta).to(weight.dtype).cpu()
             elif is_four_bit(module) and not name.endswith(".base_layer"):
-                state[f"{name}.weight"] = dense_weight(module)
+                state[f"{name}.weight"] = dense_weight(module).cpu()
     return (unquantized(base, state) if is_quantized(base) else base), state
 
 
@@ -282,7 +291,9 @@ def save_policy(
     if sentencepiece := sentencepiece_file(tokenizer):  # Llama 2's exact ids need it, and save_pretrained leaves it out
         shutil.copyfile(sentencepiece, folder / "tokenizer.model")
     if isinstance(model, PeftModel):
-        model.save_pretrained(folder / "adapter", selected_adapters=["default"])  # of several on one base: the policy's
+        lora = {name: p.detach() for name, p in model.named_parameters() if "lora_" in name}
+        # of several on one base: the policy's
+        model.save_pretrained(folder / "adapter", selected_adapters=["default"], state_dict=lora)
     (folder / "README.md").write_text(card, encoding="utf-8")
     return folder
 

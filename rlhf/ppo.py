@@ -31,6 +31,7 @@ from rlhf import cli  # noqa: I001  (first: it switches off telemetry before oth
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
+from safetensors.torch import save_file
 from tqdm import tqdm
 
 from configs.chat import load_chat_format
@@ -44,7 +45,7 @@ from rlhf.checkpoint import (
     load_weights,
     replace_folder,
     save_checkpoint,
-    save_weights,
+    whole_tensors,
 )
 from rlhf.draw import sample_seeds
 from rlhf.hardware import peak_memory_mib, token_budget
@@ -217,23 +218,22 @@ class Run:
 
     def save_model(self, name: str, results: dict[str, Any]) -> None:
         """Write the policy to `output_dir/name`, whole or not at all."""
-        if self.accelerator.is_main_process:
-            files = [*self.ppo.prompt_files, *([self.ppo.eval_prompt_file] if self.ppo.eval_prompt_file else [])]
-            card = model_card("ppo", self.folder.settings, {f: data_fingerprint(f) for f in files}, results)
-            with self.roles.policy.acting():
-                partial = save_policy(
-                    self.roles.policy.model, self.tokenizer, self.folder_path / f".{name}.partial", card
-                )
-            replace_folder(partial, self.folder_path / name)
+        with self.roles.policy.whole() as policy:
+            if self.accelerator.is_main_process:
+                files = [*self.ppo.prompt_files, *([self.ppo.eval_prompt_file] if self.ppo.eval_prompt_file else [])]
+                card = model_card("ppo", self.folder.settings, {f: data_fingerprint(f) for f in files}, results)
+                partial = save_policy(policy, self.tokenizer, self.folder_path / f".{name}.partial", card)
+                replace_folder(partial, self.folder_path / name)
         self.accelerator.wait_for_everyone()
 
     def save_best(self, step: int) -> None:
         """Write the policy's trained weights to `best-<step>`, whole or not at all."""
+        weights = whole_tensors(self.roles.policy.trained, keep=self.accelerator.is_main_process)
         if self.accelerator.is_main_process:
             partial = self.folder_path / f".best-{step}.partial"
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir()
-            save_weights(self.roles.policy.trained, partial / BEST)
+            save_file(weights, partial / BEST)
             replace_folder(partial, self.folder_path / f"best-{step}")
         self.accelerator.wait_for_everyone()
 
@@ -266,8 +266,8 @@ class Run:
 
     def checkpoint(self, step: int) -> None:
         """Save everything that shapes the iterations to come, and the figures of a summary still to be written."""
-        if self.accelerator.is_main_process:
-            save_checkpoint(self.folder_path, step, self.roles.trained, self.optimizer, self.state)
+        write = self.accelerator.is_main_process
+        save_checkpoint(self.folder_path, step, self.roles.trained, self.optimizer, self.state, write)
         if self.state["best"]:
             self.drop_best(keep=self.state["best"]["step"])  # only now: until here the last checkpoint named the other
         self.accelerator.wait_for_everyone()

@@ -23,7 +23,7 @@ from rlhf.hardware import mixed_precision
 from rlhf.losses import token_logprobs
 from rlhf.models import unwrap
 from rlhf.sequences import Sequences
-from rlhf.sharding import gathered
+from rlhf.sharding import gathered, shard
 
 
 @dataclass
@@ -67,6 +67,19 @@ class Roles:
     def trained(self) -> dict[str, dict[str, nn.Parameter]]:
         """What the optimizer changes and a checkpoint holds, by role and name."""
         return {"policy": self.policy.trained, "value": self.value.trained}
+
+    def shard(self) -> None:
+        """Split every model over all processes (rlhf/sharding.py)."""
+        everyone = (self.policy, self.reference, self.value, *self.reward_models.values())
+        for role in everyone:
+            shard(role.model)
+        for adapters in {id(role.adapters): role.adapters for role in everyone if role.adapters}.values():
+            adapters.refresh()
+        for role in (self.policy, self.value):
+            holder = role.adapters.model if role.adapters else role.model
+            role.trained = {
+                name: (role.model if name == "score.weight" else holder).get_parameter(name) for name in role.trained
+            }
 
     @property
     def take_trees(self) -> bool:

@@ -1,11 +1,114 @@
-"""Weights that lie in parts on several GPUs (FSDP2), and how they come together for sampling and scoring."""
+"""Weights that lie in parts on several GPUs (FSDP2, one process a GPU), and how they come together.
 
-from collections.abc import Iterator
+`accelerate launch --config_file configs/accelerate/fsdp2.yaml rlhf/ppo.py ...` asks for it. While gradients are
+computed a layer is gathered when it is needed and given up after it; sampling and scoring, which run a model hundreds
+of times, gather it once and keep it (paper 3.2.3: generation under FSDP was 20 times slower). Heads stay whole on each
+GPU: log-probs read their weight directly, and they are a small part.
+"""
+
+import os
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from configs.errors import UserError
+from rlhf.models import decoder_of, unwrap
+
+# Of accelerate's configuration, passed on by its launcher. Its Accelerator reads them on a GPU only.
+ENABLED, VERSION, RESHARD, OFFLOAD = (
+    "ACCELERATE_USE_FSDP", "FSDP_VERSION", "FSDP_RESHARD_AFTER_FORWARD", "FSDP_OFFLOAD_PARAMS"
+)  # fmt: skip
+
+
+def wanted() -> bool:
+    """Whether this run was launched with FSDP. UserError for its first version and for DeepSpeed."""
+    if _flag("ACCELERATE_USE_DEEPSPEED"):
+        raise UserError("PPO is sharded by FSDP2, not by DeepSpeed: launch with configs/accelerate/fsdp2.yaml")
+    if not _flag(ENABLED):
+        return False
+    if os.environ.get(VERSION, "1") != "2":
+        raise UserError("fsdp_version in accelerate's configuration must be 2 for PPO")
+    return True
+
+
+def shard(model: Any) -> None:
+    """Split the decoder of `model`, layer by layer, over all processes. Its parameters are new objects afterwards."""
+    decoder = decoder_of(model)
+    if isinstance(decoder, FSDPModule):
+        return
+    head = unwrap(model).get_output_embeddings() if hasattr(unwrap(model), "get_output_embeddings") else None
+    whole = set() if head is None else {head.weight}  # tied to the embeddings, these stay whole too
+    options: dict[str, Any] = {
+        "reshard_after_forward": _flag(RESHARD, "true"),
+        "offload_policy": CPUOffloadPolicy() if _flag(OFFLOAD) else OffloadPolicy(),
+        "ignored_params": whole,
+    }
+    layers = set(decoder._no_split_modules or [])
+    for module in decoder.modules():
+        if type(module).__name__ in layers:
+            fully_shard(module, **options)
+    fully_shard(decoder, **options)
+    for module in _sharded(decoder):
+        module.set_gradient_divide_factor(1.0)  # losses are sums over a global count: gradients are summed
+        module.set_force_sum_reduction_for_comms(True)  # gloo, for CPUs, knows nothing else
 
 
 @contextmanager
 def gathered(model: Any) -> Iterator[None]:
     """Inside, every process holds all weights of `model`: forwards need no traffic, in any number per process."""
-    yield
+    decoder = decoder_of(model)
+    modules = list(_sharded(decoder))
+    if not modules or getattr(decoder, "_is_gathered", False):
+        yield
+        return
+    for module in modules:
+        module.unshard()
+    decoder.set_reshard_after_forward(False)
+    decoder._is_gathered = True
+    try:
+        yield
+    finally:
+        decoder._is_gathered = False
+        decoder.set_reshard_after_forward(_flag(RESHARD, "true"))
+        for module in modules:
+            module.reshard()
+
+
+def is_sharded(parameters: Iterable[Tensor]) -> bool:
+    """Whether any of them is in parts: then all processes must run forward and backward equally often."""
+    return any(isinstance(p, DTensor) for p in parameters)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor with all its parts; every process has to ask for it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def like(tensor: Tensor, sample: Tensor) -> Tensor:
+    """A whole tensor split as `sample` is."""
+    if not isinstance(sample, DTensor):
+        return tensor
+    return distribute_tensor(tensor.to(sample.device), sample.device_mesh, sample.placements)
+
+
+def clip_gradients(parameters: list[nn.Parameter], max_norm: float) -> Tensor:
+    """Scale gradients down to `max_norm` over all of them, parts of other processes included; the norm before."""
+    groups = [[p for p in parameters if p.grad is not None and is_sharded([p]) == split] for split in (False, True)]
+    norms = [whole(torch.nn.utils.get_total_norm([p.grad for p in group])) for group in groups if group]
+    norm = norms[0] if len(norms) == 1 else torch.stack(norms).norm()
+    for group in groups:
+        torch.nn.utils.clip_grads_with_norm_(group, max_norm, norm)
+    return norm
+
+
+def _sharded(decoder: nn.Module) -> Iterator[FSDPModule]:
+    return (module for module in decoder.modules() if isinstance(module, FSDPModule))
+
+
+def _flag(name: str, default: str = "false") -> bool:
+    return os.environ.get(name, default).lower() in ("true", "1")

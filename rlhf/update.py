@@ -16,6 +16,8 @@ from configs.ppo_settings import PPOSettings
 from rlhf.losses import policy_loss_sum, value_loss_sum
 from rlhf.roles import Roles
 from rlhf.rollout import Rollout
+from rlhf.sequences import Sequences
+from rlhf.sharding import clip_gradients, is_sharded
 
 MAX_SKIPPED_IN_A_ROW = 3
 
@@ -24,9 +26,10 @@ def make_optimizer(roles: Roles, ppo: PPOSettings) -> torch.optim.Optimizer:
     """AdamW over policy and value model, each with its learning rate; weight decay on matrices only."""
     groups = []
     for role, rate in ((roles.policy, ppo.learning_rate), (roles.value, ppo.value_learning_rate)):
-        trained = list(role.trained.values())
-        groups.append({"params": [p for p in trained if p.ndim > 1], "lr": rate, "weight_decay": ppo.weight_decay})
-        groups.append({"params": [p for p in trained if p.ndim <= 1], "lr": rate, "weight_decay": 0.0})
+        for split in (False, True):  # the optimizer's fused step takes sharded tensors or whole ones
+            trained = [p for p in role.trained.values() if is_sharded([p]) == split]
+            groups.append({"params": [p for p in trained if p.ndim > 1], "lr": rate, "weight_decay": ppo.weight_decay})
+            groups.append({"params": [p for p in trained if p.ndim <= 1], "lr": rate, "weight_decay": 0.0})
     return torch.optim.AdamW(
         [group for group in groups if group["params"]],
         betas=(ppo.adam_beta1, ppo.adam_beta2),
@@ -74,9 +77,10 @@ def update(
         rows = [index - first for index in mini_batch if first <= index < first + own]
         tokens = rollout.sequences.response_mask_BR[rows].sum()
         tokens = accelerator.reduce(tokens, "sum").clamp(min=1)
-        stats = _backward(roles, rollout, rows, advantages_BR, returns_BR, tokens, ppo)
+        batches = _micro_batches(rollout.sequences, rows, ppo.token_budget, parameters, accelerator)
+        stats = _backward(roles, rollout, batches, advantages_BR, returns_BR, tokens, ppo)
         _sum_gradients(parameters, accelerator)
-        policy_norm, value_norm = (nn.utils.clip_grad_norm_(group, ppo.max_grad_norm) for group in parameters)
+        policy_norm, value_norm = (clip_gradients(group, ppo.max_grad_norm) for group in parameters)
         if torch.isfinite(policy_norm + value_norm):  # the one point of a step at which the device is waited for
             optimizer.step()
             skipped_in_a_row = 0
@@ -103,7 +107,7 @@ def update(
 def _backward(
     roles: Roles,
     rollout: Rollout,
-    mine: Sequence[int],
+    micro_batches: Sequence[tuple[list[int], float]],
     advantages_BR: Tensor,
     returns_BR: Tensor,
     tokens: Tensor,
@@ -112,7 +116,7 @@ def _backward(
     """Add the gradient of this process's share of a mini-batch, micro-batch by micro-batch; returns sums to watch."""
     sequences = rollout.sequences
     sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), dtype=torch.float64, device=tokens.device))
-    for rows in sequences.micro_batches(mine, ppo.token_budget) if mine else []:
+    for rows, weight in micro_batches:
         old_N, advantages_N, old_values_N, returns_N = (
             sequences.flat(x_BR, rows) for x_BR in (rollout.logprobs_BR, advantages_BR, rollout.values_BR, returns_BR)
         )
@@ -124,27 +128,42 @@ def _backward(
                 logprobs_N, entropy_N = roles.policy_logprobs(sequences, rows, entropy=True)
             policy_loss, policy_stats = policy_loss_sum(logprobs_N, old_N, advantages_N, ppo.clip_range)
             loss = policy_loss + ppo.value_coef * value_loss if roles.one_trunk else policy_loss
-            (loss / tokens).backward()
+            (weight * loss / tokens).backward()
         if not roles.one_trunk:
             with roles.value.acting():
                 values_N = roles.values(sequences, rows)
                 value_loss, value_stats = value_loss_sum(values_N, old_values_N, returns_N, ppo.value_clip_range)
-                (ppo.value_coef * value_loss / tokens).backward()
+                (weight * ppo.value_coef * value_loss / tokens).backward()
 
         for name, value in {**policy_stats, **value_stats}.items():
-            sums[name] += value
-        sums["policy_loss"] += policy_loss.detach()
-        sums["value_loss"] += value_loss.detach()
-        sums["entropy"] += entropy_N.sum()
-        sums["tokens"] += len(old_N)
+            sums[name] += weight * value
+        sums["policy_loss"] += weight * policy_loss.detach()
+        sums["value_loss"] += weight * value_loss.detach()
+        sums["entropy"] += weight * entropy_N.sum()
+        sums["tokens"] += weight * len(old_N)
     return sums
+
+
+def _micro_batches(
+    sequences: Sequences, rows: Sequence[int], token_budget: int, parameters: Any, accelerator: Any
+) -> list[tuple[list[int], float]]:
+    """This process's rows of a mini-batch, cut to the budget, each part with weight 1.
+
+    Sharded weights are gathered by all processes at once, so those with fewer parts add ones that weigh 0.
+    """
+    parts = [(batch, 1.0) for batch in (sequences.micro_batches(rows, token_budget) if rows else [])]
+    if not any(map(is_sharded, parameters)):
+        return parts
+    most = int(accelerator.gather(torch.tensor([len(parts)], device=sequences.device)).max())
+    shortest = min(range(len(sequences.ids)), key=lambda row: len(sequences.ids[row]))
+    return parts + [([shortest], 0.0)] * (most - len(parts))
 
 
 def _sum_gradients(parameters: Sequence[Sequence[nn.Parameter]], accelerator: Any) -> None:
     """Sum gradients over processes (the losses are sums over a global count, so the sum is the gradient)."""
     if accelerator.num_processes == 1:
         return
-    for parameter in (p for group in parameters for p in group):
+    for parameter in (p for group in parameters for p in group if not is_sharded([p])):
         gradient = parameter.grad if parameter.grad is not None else torch.zeros_like(parameter)
         parameter.grad = accelerator.reduce(gradient, "sum")
 

@@ -376,24 +376,36 @@ def test_bf16_rounds_hidden_states_and_little_else(paths):
     assert all(p.dtype == torch.float32 for p in mixed.policy.model.parameters())
 
 
-@pytest.mark.slow
-def test_two_processes_reach_what_one_does(paths, tmp_path):
-    """Uneven shares included: 9 held-out prompts. Adam's epsilon keeps rounding in tiny gradients from growing."""
-    extra = ("--eval_prompts", "9", "--adam_epsilon", "0.01", "--gold", "simulated")
-    run_ppo(paths, tmp_path / "one", *extra, total=1)
+FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}  # what accelerate's launcher passes on of its file
+
+
+def run_on_two(paths, script, output, *extra, environment, total):
     here = Path(__file__).resolve().parent
-    script = tmp_path / "two.py"
-    script.write_text(
-        f"from test_ppo import run_ppo\nrun_ppo({paths!r}, {str(tmp_path / 'two')!r}, *{extra!r}, total=1)\n"
-    )
+    script.write_text(f"from test_ppo import run_ppo\nrun_ppo({paths!r}, {str(output)!r}, *{extra!r}, total={total})\n")
     # `accelerate launch --cpu --num_processes 2` starts one process where there is no MPI
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    environment = {**os.environ, "PYTHONPATH": f"{here.parent}{os.pathsep}{here}", "OMP_NUM_THREADS": "1"}
-    subprocess.run([*launch, str(script)], env=environment, check=True, timeout=180)
+    found = {**os.environ, "PYTHONPATH": f"{here.parent}{os.pathsep}{here}", "OMP_NUM_THREADS": "1", **environment}
+    subprocess.run([*launch, str(script)], env=found, check=True, timeout=180)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("environment", "extra"),
+    [({}, ()), (FSDP2, ()), (FSDP2, ("--use_peft", "true", "--lora_r", "4", "--gradient_checkpointing", "true"))],
+    ids=["copies", "sharded", "sharded LoRA"],
+)
+def test_two_processes_reach_what_one_does(paths, tmp_path, environment, extra):
+    """Uneven shares included: 9 held-out prompts. Adam's epsilon keeps rounding in tiny gradients from growing."""
+    extra = ("--eval_prompts", "9", "--adam_epsilon", "0.01", "--gold", "simulated", "--save_steps", "1", *extra)
+    run_ppo(paths, tmp_path / "one", *extra, total=2)
+    run_on_two(paths, tmp_path / "two.py", tmp_path / "two", *extra, environment=environment, total=1)
+    run_on_two(paths, tmp_path / "two.py", tmp_path / "two", *extra, environment=environment, total=2)  # goes on
     world = json.loads((tmp_path / "two" / "environment.json").read_text())["world_size"]
     assert world == 2
     for one, two in zip(metrics(tmp_path / "one"), metrics(tmp_path / "two"), strict=True):
-        assert two == {name: pytest.approx(value, abs=1e-5, rel=1e-5) for name, value in one.items()}
+        # the run that ended after one step evaluated there; counts of clipped tokens may turn on the last digit
+        shared = {k for k in one.keys() & two.keys() if "clip_fraction" not in k}
+        assert {k: two[k] for k in shared} == {k: pytest.approx(one[k], abs=1e-5, rel=2e-5) for k in shared}
     start = AutoModelForCausalLM.from_pretrained(paths["policy"])
     moved = final_weights(tmp_path / "one") - torch.cat([p.detach().flatten() for p in start.parameters()])
     assert moved.abs().max() > 1e-4
