@@ -53,12 +53,15 @@ from rlhf.models import data_fingerprint, load_tokenizer, model_card, save_polic
 from rlhf.prompts import prompts_of, read_encoded
 from rlhf.load_roles import load_roles
 from rlhf.rollout import Rollout, advantages_and_returns, collect
-from rlhf.run import RunFolder
+from rlhf.run import NOT_COMPARED, RunFolder, plain, saved_settings
 from rlhf.sampler import prompt_room
 from rlhf.samples import Prompt
-from rlhf.update import make_optimizer, update
+from rlhf.update import NotFinite, make_optimizer, update
 
 BEST = "policy.safetensors"  # in best-<step>
+# Settings that a continued run may change: how long it runs, what it writes, and what stops steps that are not finite.
+ADJUSTABLE = (*NOT_COMPARED, "total_iterations", "save_steps", "num_samples", "learning_rate", "value_learning_rate",
+              "max_grad_norm", "max_kl_nats")  # fmt: skip
 EVALUATION = 2**31  # added to the seed of held-out sampling: never the seed of an iteration
 
 
@@ -273,6 +276,18 @@ class Run:
         self.accelerator.wait_for_everyone()
 
 
+def check_same_run(output_dir: str, settings: dict[str, Any]) -> None:
+    """UserError where the checkpoint in `output_dir` is of a run that was set up in another way."""
+    before = saved_settings(output_dir)
+    now = plain(settings)
+    changed = [name for name in now if name not in ADJUSTABLE and before.get(name) != now[name]]
+    if changed:
+        raise UserError(
+            f"{output_dir} holds a checkpoint of a run with another {', '.join(changed)}. Name another output_dir, "
+            "pass --resume false to begin again there, or set it back"
+        )
+
+
 def main(args: list[str] | None = None) -> dict[str, Any]:
     """Run PPO; returns the summary that is also `output_dir/summary.json`. The policy is `output_dir/model`."""
     ppo, model_settings, run_settings = cli.parse(PPOSettings, ModelSettings, RunSettings, args=args)
@@ -281,6 +296,8 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
         return done
     begin = time.perf_counter()
     resume_step = latest_step(run_settings.output_dir) if run_settings.resume else 0
+    if resume_step:
+        check_same_run(run_settings.output_dir, settings)
     folder = RunFolder(run_settings.output_dir, settings, "ppo", resume_step)
     run = Run(ppo, model_settings, run_settings, folder)
     first = run.resume()
@@ -290,7 +307,13 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
     last = first if run.over_cap() else ppo.total_iterations  # killed after its last checkpoint, before its summary
     for step in tqdm(range(first + 1, last + 1), desc="ppo", initial=first, total=last,
                      disable=not run.accelerator.is_main_process):  # fmt: skip
-        figures = run.iterate(step - 1)
+        try:
+            figures = run.iterate(step - 1)
+        except NotFinite:
+            # What was trained before them is good: the next start goes on from there, behind this iteration.
+            run.state |= {"step": step, "skipped": 0}
+            run.checkpoint(step)
+            raise
         run.state |= {"step": step, "figures": figures}
         at_end = step == ppo.total_iterations or run.over_cap()
         if run.held_out and ((ppo.eval_steps and step % ppo.eval_steps == 0) or at_end):

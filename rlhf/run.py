@@ -46,7 +46,7 @@ class RunFolder:
         self.path = Path(output_dir)
         self.stage = stage
         self.is_main = _rank() == 0
-        self.settings = _plain(dict(settings))
+        self.settings = plain(dict(settings))
         self.started = time.perf_counter()
         self._trackers: list[Any] = []
         names = _tracker_names(self.settings.get("report_to"))  # checked on every rank, so that all stop alike
@@ -93,7 +93,7 @@ class RunFolder:
             saved = yaml.safe_load((folder / "settings.yaml").read_text(encoding="utf-8"))
         except (OSError, ValueError, yaml.YAMLError):
             return None
-        if settings is not None and _compared(saved or {}) != _compared(_plain(dict(settings))):
+        if settings is not None and _compared(saved or {}) != _compared(plain(dict(settings))):
             return None
         return summary
 
@@ -109,11 +109,11 @@ class RunFolder:
     def samples(self, step: int, rows: list[dict[str, Any]]) -> None:
         """Append decoded samples with their scores to samples.jsonl."""
         if self.is_main:
-            _append(self.path / "samples.jsonl", [{"step": step, **_plain(row)} for row in rows])
+            _append(self.path / "samples.jsonl", [{"step": step, **plain(row)} for row in rows])
 
     def finish(self, summary: Mapping[str, Any]) -> dict[str, Any]:
         """Close the trackers, then write summary.json atomically. Returns what was written."""
-        result = _plain(dict(summary))
+        result = plain(dict(summary))
         result = {"stage": self.stage, **result}
         result.setdefault("seconds", round(time.perf_counter() - self.started, 3))
         if self.is_main:
@@ -133,6 +133,14 @@ def numbers(summary: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
         elif isinstance(value, int | float) and not isinstance(value, bool):
             found[f"{prefix}{name}"] = value
     return found
+
+
+def saved_settings(output_dir: str | Path) -> dict[str, Any]:
+    """The settings of the run in this folder; empty where there is none."""
+    try:
+        return yaml.safe_load((Path(output_dir) / "settings.yaml").read_text(encoding="utf-8")) or {}
+    except (OSError, yaml.YAMLError):
+        return {}
 
 
 def write_atomic(path: Path, text: str) -> None:
@@ -192,12 +200,12 @@ def _number(value: Any) -> float | int | None:
     return None if isinstance(number, float) and not math.isfinite(number) else number
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """`value` in the types of YAML and JSON: unknown objects (paths) as text, tensors and numpy scalars as numbers."""
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple | set):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if isinstance(value, str | bool) or value is None:
         return str(value) if isinstance(value, str) else value
     if isinstance(value, int | float) or getattr(value, "ndim", None) == 0:

@@ -22,6 +22,10 @@ from rlhf.sharding import clip_gradients, is_sharded
 MAX_SKIPPED_IN_A_ROW = 3
 
 
+class NotFinite(UserError):
+    """So many gradient steps in a row were refused that the run cannot go on as it is set up."""
+
+
 def make_optimizer(roles: Roles, ppo: PPOSettings) -> torch.optim.Optimizer:
     """AdamW over policy and value model, each with its learning rate; weight decay on matrices only."""
     groups = []
@@ -65,7 +69,7 @@ def update(
     """Take the iteration's gradient steps; returns its figures and how many steps in a row were skipped at its end.
 
     A step whose loss or gradient is not finite is skipped: it would write NaN into every weight. Three in a row raise
-    UserError. Process r holds the responses r * B to (r + 1) * B - 1 of the iteration.
+    NotFinite. Process r holds the responses r * B to (r + 1) * B - 1 of the iteration.
     """
     own = len(rollout.prompts)
     first = accelerator.process_index * own
@@ -97,9 +101,10 @@ def update(
             skipped_in_a_row += 1
         optimizer.zero_grad(set_to_none=True)
         if skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
-            raise UserError(
-                f"{skipped_in_a_row} gradient steps in a row were not finite. Lower learning_rate or"
-                " value_learning_rate, or check the reward models' scores; the last checkpoint is intact."
+            raise NotFinite(
+                f"{skipped_in_a_row} gradient steps in a row were not finite. The weights before them are in the "
+                "newest checkpoint of output_dir: lower learning_rate or value_learning_rate, or check the "
+                "reward models' scores, and start again to go on from it."
             )
     return _figures(sums, steps, skipped, accelerator), skipped_in_a_row
 

@@ -2,15 +2,18 @@
 
 import json
 import os
+import random
 import shutil
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from accelerate import Accelerator
+from safetensors.torch import load_file
 from tiny_models import prompt_rows, save_tiny_policy, save_tiny_reward_model, tiny_tokenizer, write_rows
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
@@ -204,6 +207,73 @@ def test_steps_that_are_not_finite_are_skipped_and_three_stop(paths, monkeypatch
     with pytest.raises(UserError, match="3 gradient steps in a row"):
         update(roles, optimizer, rollout, advantages, returns, settings, accelerator, 0)
     assert torch.equal(trained(roles), before)
+
+
+def test_a_run_stopped_by_such_steps_goes_on_from_its_last_good_weights(paths, tmp_path, monkeypatch):
+    real = update_module.policy_loss_sum
+    seen = []
+
+    def broken(*args):
+        seen.append(1)
+        value, stats = real(*args)
+        return value * (float("nan") if len(seen) > 1 else 1.0), stats
+
+    with monkeypatch.context() as patch:
+        patch.setattr(update_module, "policy_loss_sum", broken)
+        with pytest.raises(UserError, match="lower learning_rate .* start again to go on"):
+            run_ppo(paths, tmp_path, "--token_budget", "10000", "--save_steps", "0", "--mini_batch_size", "4")
+    assert [p.name for p in tmp_path.glob("checkpoint-*")] == ["checkpoint-1"]
+    weights = load_file(tmp_path / "checkpoint-1" / "policy.safetensors")
+    start = AutoModelForCausalLM.from_pretrained(paths["policy"]).state_dict()
+    assert all(torch.isfinite(w).all() for w in weights.values())
+    assert any((w - start[name]).abs().max() > 1e-4 for name, w in weights.items())  # the step before them counts
+    again = ("--token_budget", "10000", "--save_steps", "0", "--mini_batch_size", "4", "--learning_rate", "1e-4")
+    summary = run_ppo(paths, tmp_path, *again, total=2)
+    assert summary["iterations"] == 2
+    assert summary["optim/steps"] == 4
+
+
+def test_a_checkpoint_of_another_run_is_not_continued_in_silence(paths, tmp_path):
+    run_ppo(paths, tmp_path, total=2)
+    with pytest.raises(UserError, match="a run with another kl_coef. .* --resume false"):
+        run_ppo(paths, tmp_path, "--kl_coef", "0.5", total=4)
+    assert run_ppo(paths, tmp_path, total=4)["iterations"] == 4
+    assert [row["step"] for row in metrics(tmp_path)] == [0, 1, 2, 3, 4]
+    assert run_ppo(paths, tmp_path, "--kl_coef", "0.5", "--resume", "false", total=1)["iterations"] == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lora", [False, True])
+def test_a_run_killed_again_and_again_is_the_undisturbed_one(paths, tmp_path, lora):
+    """SIGKILL at random moments of any phase, the same command each time."""
+    extra = ("--save_best", "true", "--save_steps", "1", *(("--use_peft", "true", "--lora_r", "4") if lora else ()))
+    run_ppo(paths, tmp_path / "straight", *extra, total=8)
+    here = Path(__file__).resolve().parent
+    code = f"from test_ppo import run_ppo\nrun_ppo({paths!r}, {str(tmp_path / 'killed')!r}, *{extra!r}, total=8)\n"
+    found = {**os.environ, "PYTHONPATH": f"{here.parent}{os.pathsep}{here}", "OMP_NUM_THREADS": "1"}
+    moments = random.Random(int(lora))
+    settings_file = tmp_path / "killed" / "settings.yaml"
+    starts = 0
+    while True:
+        launched = time.time()
+        process = subprocess.Popen([sys.executable, "-c", code], env=found)
+        starts += 1
+        while process.poll() is None and not (
+            settings_file.exists() and settings_file.stat().st_mtime > launched
+        ):  # imports, before which nothing happens
+            time.sleep(0.02)
+        try:
+            process.wait(timeout=None if starts > 6 else moments.uniform(0.1, 2.0))
+            assert process.returncode == 0
+            break
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+    assert starts > 1
+    assert metrics(tmp_path / "straight") == metrics(tmp_path / "killed")
+    assert torch.equal(final_weights(tmp_path / "straight"), final_weights(tmp_path / "killed"))
+    samples = [(tmp_path / name / "samples.jsonl").read_text() for name in ("straight", "killed")]
+    assert samples[0] == samples[1]
 
 
 def test_prompts_pass_through_all_before_any_comes_again():
