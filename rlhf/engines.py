@@ -139,9 +139,14 @@ def sample_live(
     if name == "continuous_batching":
         if unwrap(policy).config._attn_implementation == FLOAT_ATTENTION:
             raise UserError("sampling_engine: continuous_batching does not know the attention of bf16 on a CPU")
-        return ContinuousBatching(policy, chat.stop_ids, pad_id, model_logprobs=False).sample(
-            prompts, k, settings, seeds
-        )
+        engine = ContinuousBatching(policy, chat.stop_ids, pad_id, model_logprobs=False)
+        config = unwrap(policy).config
+        attention = config._attn_implementation
+        config._attn_implementation = "sdpa"  # it does not know the attention of trees, and needs none
+        try:
+            return engine.sample(prompts, k, settings, seeds)
+        finally:
+            config._attn_implementation = attention
     ids = [prompt.ids for prompt in prompts]
     return sample(policy, ids, k, settings, stop_ids=chat.stop_ids, pad_id=pad_id, seed=seeds, max_rows=1024)
 
