@@ -32,6 +32,10 @@ class PPOSettings:
     max_reject_share: float = field(default=0.05, metadata={"help": "Share of bad rows above which the run stops."})
     max_new_tokens: int = field(default=512, metadata={"help": "Longest response, in tokens."})
     temperature: float = field(default=1.0, metadata={"help": "Of sampling, and so of the policy that is trained."})
+    sampling_engine: str = field(
+        default="in_process",
+        metadata={"help": "`in_process` or `continuous_batching` (for CUDA; recomputes old log-probs)."},
+    )
 
     total_iterations: int = field(default=200, metadata={"help": "Iterations; the paper ran 200 to 400."})
     responses_per_prompt: int = field(
@@ -61,10 +65,37 @@ class PPOSettings:
         metadata={"help": "Old log-probs from the trained model instead of the sampler's (one pass more)."},
     )
 
-    kl_coef: float = field(default=0.01, metadata={"help": "beta of Eq. 4; the paper: 0.01 to 13B, 0.005 above."})
+    importance_cap: float = field(
+        default=2.0,
+        metadata={
+            "help": "Where old log-probs are recomputed: cap of the weight pi_old / pi_sampler of each token's policy "
+            "loss; 0: no weights."
+        },
+    )
+
+    kl_coef: float = field(
+        default=0.01,
+        metadata={"help": "beta of Eq. 4, the first one if adaptive; the paper: 0.01 to 13B, 0.005 above."},
+    )
+    kl_estimator: str = field(
+        default="k1", metadata={"help": "Of the penalty at each token: `k1`, `k2` or `k3`; the KL reported is k1's."}
+    )
+    kl_controller: str = field(
+        default="fixed", metadata={"help": "`fixed`, or `adaptive`: beta is moved towards kl_target (Ziegler et al.)."}
+    )
+    kl_target: float | None = field(
+        default=None, metadata={"help": "Of kl_controller: adaptive: mean KL to the reference, in nats a response."}
+    )
+    kl_horizon: int = field(
+        default=10_000, metadata={"help": "Of kl_controller: adaptive: responses over which beta may move by 20 %."}
+    )
     safety_threshold: float = field(default=0.15, metadata={"help": "R_s below which safety decides the reward."})
     missing_eos_penalty: float = field(
         default=0.0, metadata={"help": "Taken from the raw combined score of a response cut off by max_new_tokens."}
+    )
+    truncated_responses: str = field(
+        default="keep",
+        metadata={"help": "Responses cut off by max_new_tokens: `keep`, or `mask`: no part in losses and whitening."},
     )
     clip_range: float = field(default=0.2, metadata={"help": "Clip of the probability ratio."})
     value_clip_range: float = field(default=0.2, metadata={"help": "Clip of the value's move; 0: off."})
@@ -125,3 +156,65 @@ class PPOSettings:
             raise UserError(f"temperature: {self.temperature} gives no distribution to train")
         if self.save_best and not self.eval_prompt_file:
             raise UserError("save_best needs eval_prompt_file: without held-out prompts there is no best")
+        self._check_sampling()
+        self._check_kl()
+        if self.truncated_responses not in ("keep", "mask"):
+            raise UserError(f"truncated_responses: {self.truncated_responses!r} is neither `keep` nor `mask`")
+        if self.truncated_responses == "mask" and self.missing_eos_penalty:
+            raise UserError(
+                "missing_eos_penalty has no effect with truncated_responses: mask, which leaves cut-off responses out"
+            )
+
+    @property
+    def recomputes(self) -> bool:
+        """True where old log-probs come from the trained model: the sampler's would differ, or the user wants it.
+
+        bfloat16 autocast rounds far from the sampler's float32; another engine has other kernels.
+        """
+        return self.recompute_logprobs or self.bf16 or self.sampling_engine != "in_process"
+
+    def _check_sampling(self) -> None:
+        if self.sampling_engine == "server":
+            raise UserError(
+                "sampling_engine: server cannot serve PPO: it would go on sampling from the weights it has loaded while"
+                " every iteration changes the policy; use in_process or continuous_batching"
+            )
+        if self.sampling_engine == "auto":
+            raise UserError(
+                "sampling_engine: auto would choose by timing, and a resumed run could choose otherwise; name"
+                " in_process or continuous_batching"
+            )
+        if self.sampling_engine not in ("in_process", "continuous_batching"):
+            raise UserError(
+                f"sampling_engine: {self.sampling_engine!r} is neither `in_process` nor `continuous_batching`"
+            )
+        if self.importance_cap != 0 and not 1.0 <= self.importance_cap < float("inf"):
+            raise UserError(f"importance_cap: {self.importance_cap}; give at least 1, or 0 for no weights")
+        if not self.recomputes and self.importance_cap != type(self).importance_cap:
+            raise UserError(
+                "importance_cap has no effect where the sampler's log-probs are the old ones; set recompute_logprobs"
+            )
+
+    def _check_kl(self) -> None:
+        if not 0.0 <= self.kl_coef < float("inf"):
+            raise UserError(f"kl_coef: {self.kl_coef} would pay for leaving the reference; give 0 or more")
+        if self.kl_estimator not in ("k1", "k2", "k3"):
+            raise UserError(f"kl_estimator: {self.kl_estimator!r} is none of `k1`, `k2`, `k3`")
+        if self.kl_controller == "fixed":
+            for name in ("kl_target", "kl_horizon"):
+                if getattr(self, name) != getattr(type(self), name):
+                    raise UserError(f"{name} has no effect with kl_controller: fixed; set kl_controller: adaptive")
+            return
+        if self.kl_controller != "adaptive":
+            raise UserError(f"kl_controller: {self.kl_controller!r} is neither `fixed` nor `adaptive`")
+        if self.kl_target is None or not 0.0 < self.kl_target < float("inf"):
+            raise UserError(
+                f"kl_controller: adaptive needs kl_target in nats a response, above 0; not {self.kl_target}"
+            )
+        if self.kl_coef == 0:
+            raise UserError("kl_controller: adaptive multiplies kl_coef: from 0 it never moves; start above 0")
+        if self.kl_horizon < self.batch_size:
+            raise UserError(
+                f"kl_horizon {self.kl_horizon} is below batch_size {self.batch_size}: beta would jump by more than 20 %"
+                " an iteration"
+            )

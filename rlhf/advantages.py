@@ -8,6 +8,8 @@ in without effect and comes out as 0.
 import torch
 from torch import Tensor
 
+from rlhf.losses import MAX_LOG_RATIO
+
 
 def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
     """Mean of `x` over the True places of `mask` (same shape); scalar. 0 where there are none."""
@@ -36,14 +38,26 @@ def masked_whiten(x: Tensor, mask: Tensor, total: Tensor | None = None, eps: flo
     return torch.where(mask, white, 0.0).to(x.dtype)
 
 
-def per_token_kl(logprobs_BR: Tensor, reference_logprobs_BR: Tensor, response_mask_BR: Tensor) -> Tensor:
-    """k1 estimate of KL(policy || reference) at each sampled token: log pi - log pi_0; [B, R].
+def per_token_kl(
+    logprobs_BR: Tensor, reference_logprobs_BR: Tensor, response_mask_BR: Tensor, estimator: str = "k1"
+) -> Tensor:
+    """Estimate of KL(policy || reference) at each sampled token, from x = log pi - log pi_0; [B, R].
 
-    Its sum over a response is log pi(g|p) - log pi_0(g|p), whose mean over samples of pi is the KL of Eq. 4. Single
-    terms may be negative.
+        k1 = x,   k2 = x^2 / 2,   k3 = exp(-x) - 1 + x      (Schulman, "Approximating KL divergence", 2020)
+
+    The sum of k1 over a response is log pi(g|p) - log pi_0(g|p), whose mean over samples of pi is the KL of Eq. 4;
+    single terms may be negative. k3 has the same mean and k2 nearly, close to pi_0; neither is ever negative. As a
+    reward only k1 has the gradient of Eq. 4: docs/ppo.md.
     """
     _same_shape(logprobs_BR, reference_logprobs_BR, response_mask_BR)
-    return torch.where(response_mask_BR, logprobs_BR - reference_logprobs_BR, 0.0)
+    x_BR = torch.where(response_mask_BR, logprobs_BR - reference_logprobs_BR, 0.0)
+    if estimator == "k1":
+        return x_BR
+    if estimator == "k2":
+        return 0.5 * x_BR**2
+    if estimator == "k3":  # expm1: exact near 0, where it lives; the clamp: else inf where pi has left a token to pi_0
+        return torch.expm1(-x_BR.clamp(min=-MAX_LOG_RATIO)) + x_BR
+    raise ValueError(f"estimator {estimator!r} is none of k1, k2, k3")
 
 
 def place_rewards(scores_B: Tensor, kl_BR: Tensor, response_mask_BR: Tensor, kl_coef: float) -> Tensor:
@@ -87,8 +101,10 @@ def gae(
 def explained_variance(returns: Tensor, errors: Tensor) -> float:
     """1 - Var(returns - values) / Var(returns): 1 for a perfect value model, 0 for a constant one.
 
-    Takes the `moments` of returns and of returns - values, [3] each, summed over processes.
+    Takes the `moments` of returns and of returns - values, [3] each, summed over processes. 0 where they count nothing.
     """
+    if not returns[0]:
+        return 0.0
     target, error = ((second / count - (first / count) ** 2).clamp(min=0) for count, first, second in (returns, errors))
     return 1.0 - float(error / target.clamp(min=1e-12))
 

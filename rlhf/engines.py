@@ -18,7 +18,8 @@ from configs.errors import UserError
 from configs.model_settings import ModelSettings
 from configs.sampling_settings import SamplingSettings
 from rlhf.continuous_batching import ContinuousBatching
-from rlhf.models import load_policy
+from rlhf.hardware import FLOAT_ATTENTION
+from rlhf.models import load_policy, unwrap
 from rlhf.sampler import sample
 from rlhf.samples import Engine, Prompt, SampleBatch
 
@@ -118,6 +119,36 @@ class Fastest:
         batch = engine.sample(prompts, k, settings, 0)
         seconds = self.clock() - start
         return 0.0 if batch.errors else sum(map(len, batch.response_ids)) / max(seconds, 1e-9)
+
+
+def sample_live(
+    name: str,
+    policy: Any,
+    prompts: Sequence[Prompt],
+    k: int,
+    settings: SamplingSettings,
+    chat: ChatFormat,
+    pad_id: int,
+    seeds: Sequence[int],
+) -> SampleBatch:
+    """k responses a prompt from a policy in training, its adapter included, by the engine `name`.
+
+    Both engines read the policy's own weights, so they are always current: continuous batching builds its cache anew at
+    every call and copies none. Log-probs are those drawn from.
+    """
+    if name == "continuous_batching":
+        if unwrap(policy).config._attn_implementation == FLOAT_ATTENTION:
+            raise UserError("sampling_engine: continuous_batching does not know the attention of bf16 on a CPU")
+        engine = ContinuousBatching(policy, chat.stop_ids, pad_id, model_logprobs=False)
+        config = unwrap(policy).config
+        attention = config._attn_implementation
+        config._attn_implementation = "sdpa"  # it does not know the attention of trees, and needs none
+        try:
+            return engine.sample(prompts, k, settings, seeds)
+        finally:
+            config._attn_implementation = attention
+    ids = [prompt.ids for prompt in prompts]
+    return sample(policy, ids, k, settings, stop_ids=chat.stop_ids, pad_id=pad_id, seed=seeds, max_rows=1024)
 
 
 def load_engine(

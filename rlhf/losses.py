@@ -50,10 +50,15 @@ def _chunk_logprobs(
 
 
 def policy_loss_sum(
-    logprobs_N: Tensor, old_logprobs_N: Tensor, advantages_N: Tensor, clip: float = 0.2
+    logprobs_N: Tensor,
+    old_logprobs_N: Tensor,
+    advantages_N: Tensor,
+    clip: float = 0.2,
+    weights_N: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Sum of -min(ratio A, clip(ratio, 1 - clip, 1 + clip) A), ratio = pi / pi_old; and sums to watch.
+    """Sum of -w min(ratio A, clip(ratio, 1 - clip, 1 + clip) A), ratio = pi / pi_old; and sums to watch.
 
+    The weights w are those of rlhf/importance.py; none: 1 each.
     `clipped` counts tokens at which the clip takes the gradient away; `ratio_error` sums |ratio - 1|; `kl_old` sums
     the k3 estimate of KL(pi_old || pi), (ratio - 1) - log ratio, which is never negative.
     """
@@ -61,7 +66,8 @@ def policy_loss_sum(
     ratio_N = log_ratio_N.exp()
     plain_N = -advantages_N * ratio_N
     limited_N = -advantages_N * ratio_N.clamp(1.0 - clip, 1.0 + clip)
-    loss = torch.maximum(plain_N, limited_N).sum()
+    loss_N = torch.maximum(plain_N, limited_N)
+    loss = (loss_N if weights_N is None else weights_N * loss_N).sum()
     with torch.no_grad():
         stats = {
             "clipped": (limited_N > plain_N).sum(),

@@ -12,7 +12,9 @@ Where the paper is silent (recipe sheet 10 has the sources):
    rewards are whitened, so its output is put on their scale with the first iteration's mean and deviation.
 3. Advantages are whitened over the iteration; rewards are not whitened a second time.
 4. Held-out prompts are sampled every `eval_steps` with the same seeds each time. A policy's figure of merit is
-   (R_c - mean_0) / std_0 - beta * KL with the starting policy's mean_0 and std_0: Eq. 4 in units that stay put.
+   (R_c - mean_0) / std_0 - beta * KL with the starting policy's mean_0 and std_0 and the beta of the settings, adaptive
+   or not: Eq. 4 in units that stay put.
+docs/ppo.md has the objective formula by formula.
 """
 
 import shutil
@@ -49,6 +51,8 @@ from rlhf.checkpoint import (
 )
 from rlhf.draw import sample_seeds
 from rlhf.hardware import peak_memory_mib, token_budget
+from rlhf.importance import sampler_figures
+from rlhf.kl_control import next_kl_coef
 from rlhf.models import data_fingerprint, load_tokenizer, model_card, save_policy, unwrap
 from rlhf.prompts import prompts_of, read_encoded
 from rlhf.load_roles import load_roles
@@ -92,7 +96,8 @@ class Run:
             raise UserError("prompt_files: no prompts to sample from")
         self.optimizer = make_optimizer(self.roles, ppo)
         self.state: dict[str, Any] = {
-            "step": 0, "skipped": 0, "best": None, "unit": None, "value_unit": None, "figures": {}
+            "step": 0, "skipped": 0, "best": None, "unit": None, "value_unit": None, "kl_coef": ppo.kl_coef,
+            "figures": {},
         }  # fmt: skip
         self.folder_path = Path(run.output_dir)
 
@@ -118,7 +123,8 @@ class Run:
         k = self.ppo.responses_per_prompt
         rollout = self.sample(prompts_of(step, self.prompts, self.ppo.batch_size // k, self.settings.seed), seed, k)
         rollout = self.put_values_on_scale(rollout)
-        advantages_BR, returns_BR = advantages_and_returns(rollout, self.ppo, self.accelerator)
+        kl_coef = self.state["kl_coef"]
+        advantages_BR, returns_BR = advantages_and_returns(rollout, self.ppo, self.accelerator, kl_coef)
         collected = time.perf_counter()
         figures, self.state["skipped"] = update(
             self.roles, self.optimizer, rollout, advantages_BR, returns_BR, self.ppo, self.accelerator, seed,
@@ -128,8 +134,15 @@ class Run:
         tokens = rollout.sequences.tokens * self.accelerator.num_processes
         if (step + 1) % self.settings.logging_steps == 0:
             self.folder.samples(step + 1, self.decoded(rollout)[: self.ppo.num_samples])
+        means = self.figures(rollout, self.ppo.batch_size)
+        if self.ppo.kl_controller == "adaptive":
+            self.state["kl_coef"] = next_kl_coef(
+                kl_coef, means["policy/kl"], float(self.ppo.kl_target or 0), self.ppo.batch_size, self.ppo.kl_horizon
+            )
         return {
-            **self.figures(rollout, self.ppo.batch_size),
+            **means,
+            "policy/kl_coef": kl_coef,
+            **self.sampler_figures(rollout),
             **figures,
             "value/explained_variance": self.explained_variance(rollout, returns_BR),
             **{f"time/{name}": seconds for name, seconds in rollout.seconds.items()},
@@ -141,15 +154,26 @@ class Run:
 
     def explained_variance(self, rollout: Rollout, returns_BR: torch.Tensor) -> float:
         """How much of the returns the values foresaw, over the responses of all processes."""
-        mask_BR = rollout.sequences.response_mask_BR
+        mask_BR = rollout.kept_mask_BR(self.ppo)
         own = [moments(x_BR, mask_BR) for x_BR in (returns_BR, returns_BR - rollout.values_BR)]
         return explained_variance(*self.accelerator.reduce(torch.stack(own).to(mask_BR.device), "sum"))
+
+    def sampler_figures(self, rollout: Rollout) -> dict[str, float]:
+        """The sampler against the trainer where old log-probs are recomputed; else `policy/first_ratio_error` tells."""
+        if rollout.sampler_logprobs_BR is None:
+            return {}
+        mask_BR = rollout.sequences.response_mask_BR
+        columns = (rollout.logprobs_BR[mask_BR], rollout.sampler_logprobs_BR[mask_BR])
+        return sampler_figures(*columns, self.ppo.importance_cap, self.accelerator)
 
     def put_values_on_scale(self, rollout: Rollout) -> Rollout:
         """On the first iteration, the affine map of the module docstring, point 2; it then stays."""
         if self.state["value_unit"] is not None or not self.ppo.value_path:
             return rollout
-        scores = self.gathered(self.ppo.batch_size, rollout.scores_B)
+        scores, kept = self.gathered(self.ppo.batch_size, rollout.scores_B, rollout.kept_B(self.ppo)).unbind(1)
+        if not kept.any():
+            return rollout  # nothing is trained in this iteration either
+        scores = scores[kept > 0]
         shift, scale = float(scores.mean()), float(scores.std(unbiased=False).clamp(min=1e-3))
         self.state["value_unit"] = [shift, scale]
         self.roles.value_shift, self.roles.value_scale = shift, scale
@@ -263,7 +287,7 @@ class Run:
         """Continue from the newest checkpoint, if there is one; the number of finished iterations."""
         state = load_checkpoint(self.folder_path, self.roles.trained, self.optimizer) if self.settings.resume else None
         if state is not None:
-            self.state = state
+            self.state |= state
             self.roles.value_shift, self.roles.value_scale = state["value_unit"] or (0.0, 1.0)
         return self.state["step"]
 

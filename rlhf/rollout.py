@@ -17,15 +17,15 @@ from configs.ppo_settings import PPOSettings
 from configs.sampling_settings import SamplingSettings
 from reward.combine import combined_reward, whiten
 from rlhf.advantages import gae, masked_whiten, moments, per_token_kl, place_rewards
+from rlhf.engines import sample_live
 from rlhf.roles import Role, Roles
-from rlhf.sampler import sample
-from rlhf.samples import Prompt
+from rlhf.samples import Prompt, require_exact_ids
 from rlhf.sequences import Sequences
 
 
 @dataclass(frozen=True)
 class Rollout:
-    """Sampled responses. Log-probs are those of the sampling policy: pi_old of the clipped loss.
+    """Sampled responses. Log-probs are those of the policy that sampled: pi_old of the clipped loss.
 
     Example of one row: prompt `5 6`, response `7 8 2` (2 is the stop token), R = 4:
     response_mask T T T F; logprobs[0] = log pi(7 | 5 6), values[0] = V(5 6); a score belongs to token 2.
@@ -43,6 +43,16 @@ class Rollout:
     scores_B: Tensor  # logit(R_c) minus the missing-EOS penalty, not whitened
     safety_decides_B: Tensor  # bool: the score is the safety model's
     seconds: dict[str, float]  # by phase: sample, reward, recompute, reference, value
+    sampler_logprobs_BR: Tensor | None = None  # as the sampler had them, where `logprobs_BR` are recomputed
+
+    def kept_B(self, ppo: PPOSettings) -> Tensor:
+        """Responses that take part in whitening and losses: all, or with `truncated_responses: mask` those not cut."""
+        return self.stopped_B | (ppo.truncated_responses == "keep")
+
+    def kept_mask_BR(self, ppo: PPOSettings) -> Tensor:
+        """Their tokens."""
+        mask_BR = self.sequences.response_mask_BR
+        return mask_BR & self.kept_B(ppo).to(mask_BR.device)[:, None]
 
     @property
     def kl_BR(self) -> Tensor:
@@ -71,8 +81,9 @@ def collect(
     settings = SamplingSettings(temperature=ppo.temperature, top_p=1.0, top_k=0, max_new_tokens=ppo.max_new_tokens)
     with roles.base_gathered():
         with roles.policy.whole() as policy:
-            batch = sample(policy, [prompt.ids for prompt in prompts], k, settings, stop_ids=chat_format.stop_ids,
-                           pad_id=pad_id, seed=seeds, max_rows=1024)  # fmt: skip
+            batch = require_exact_ids(
+                sample_live(ppo.sampling_engine, policy, prompts, k, settings, chat_format, pad_id, seeds)
+            )
         prompts = [prompt for prompt in prompts for _ in range(k)]
         responses = batch.response_ids
         sequences = Sequences.build([p.ids for p in prompts], responses, device, k, roles.take_trees)
@@ -94,14 +105,13 @@ def collect(
             with role.whole():
                 return sequences.scatter([(rows, function(rows)) for rows in micro_batches])
 
-        # bfloat16 rounds far from the sampler's float32: ratios would not start at 1
-        if ppo.recompute_logprobs or ppo.bf16:
+        sampler_BR = torch.zeros(sequences.response_mask_BR.shape, device=device)
+        sampler_BR[sequences.response_mask_BR] = torch.cat(
+            [torch.as_tensor(row, dtype=torch.float32) for row in batch.logprobs]
+        ).to(device)
+        logprobs_BR = sampler_BR
+        if ppo.recomputes:
             logprobs_BR = over(roles.policy, lambda rows: roles.policy_logprobs(sequences, rows)[0])
-        else:
-            logprobs_BR = torch.zeros(sequences.response_mask_BR.shape, device=device)
-            logprobs_BR[sequences.response_mask_BR] = torch.cat(
-                [torch.as_tensor(row, dtype=torch.float32) for row in batch.logprobs]
-            ).to(device)
         clock["recompute"] = time.perf_counter()
         reference_logprobs_BR = over(roles.reference, lambda rows: roles.reference_logprobs(sequences, rows))
         clock["reference"] = time.perf_counter()
@@ -112,23 +122,31 @@ def collect(
     seconds = {after: clock[after] - clock[before] for before, after in pairwise(clock)}
     return Rollout(
         prompts, responses, sequences, stopped_B, logprobs_BR, reference_logprobs_BR, values_BR, r_helpfulness_B,
-        r_safety_B, scores_B, safety_decides_B, seconds,
+        r_safety_B, scores_B, safety_decides_B, seconds, sampler_BR if ppo.recomputes else None,
     )  # fmt: skip
 
 
-def advantages_and_returns(rollout: Rollout, ppo: PPOSettings, accelerator: Any) -> tuple[Tensor, Tensor]:
+def advantages_and_returns(
+    rollout: Rollout, ppo: PPOSettings, accelerator: Any, kl_coef: float | None = None
+) -> tuple[Tensor, Tensor]:
     """Eq. 4 for every response token: whitened score on the last one, minus beta * KL on each; then GAE. Both [B, R].
 
-    Scores and advantages are whitened over the whole iteration, over all processes.
+    Scores and advantages are whitened over the whole iteration, over all processes, without the responses that do not
+    take part. `kl_coef` is the current beta of an adaptive controller; None: that of the settings.
     """
-    mask_BR = rollout.sequences.response_mask_BR
+    mask_BR, kept_BR = rollout.sequences.response_mask_BR, rollout.kept_mask_BR(ppo)
     all_scores = accelerator.gather(rollout.scores_B.to(mask_BR.device))
+    all_kept = accelerator.gather(rollout.kept_B(ppo).to(mask_BR.device))
+    white = torch.zeros_like(all_scores)
+    if all_kept.any():
+        white[all_kept] = whiten(all_scores[all_kept])
     own = slice(
         accelerator.process_index * len(rollout.prompts), (accelerator.process_index + 1) * len(rollout.prompts)
     )
-    rewards_BR = place_rewards(whiten(all_scores)[own], rollout.kl_BR, mask_BR, ppo.kl_coef)
+    kl_BR = per_token_kl(rollout.logprobs_BR, rollout.reference_logprobs_BR, mask_BR, ppo.kl_estimator)
+    rewards_BR = place_rewards(white[own], kl_BR, mask_BR, ppo.kl_coef if kl_coef is None else kl_coef)
     advantages_BR, returns_BR = gae(rewards_BR, rollout.values_BR, mask_BR, ppo.gamma, ppo.gae_lambda)
     if ppo.whiten_advantages:
-        total = accelerator.reduce(moments(advantages_BR, mask_BR).to(mask_BR.device), "sum")
-        advantages_BR = masked_whiten(advantages_BR, mask_BR, total)
+        total = accelerator.reduce(moments(advantages_BR, kept_BR).to(mask_BR.device), "sum")
+        advantages_BR = masked_whiten(advantages_BR, kept_BR, total)
     return advantages_BR, returns_BR

@@ -78,7 +78,7 @@ def require_exact_ids(batch: SampleBatch) -> SampleBatch:
     if batch.errors:
         position, reason = next(iter(batch.errors.items()))
         raise UserError(f"{len(batch.errors)} prompts have no samples; the first, prompt {position}: {reason}")
-    for ids, known in zip(batch.response_ids, batch.model_logprobs, strict=True):
+    for ids, known in zip(batch.response_ids, batch.logprobs, strict=True):
         if len(ids) != len(known):
             raise UserError("the sampling server gave no log-probs; use sampling_engine in_process")
     return batch

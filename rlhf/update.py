@@ -4,6 +4,7 @@ Losses are sums divided by the response tokens of the whole mini-batch, over mic
 mini-batch is cut into micro-batches or spread over processes does not change the step.
 """
 
+import logging
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -13,11 +14,14 @@ from torch import Tensor, nn
 
 from configs.errors import UserError
 from configs.ppo_settings import PPOSettings
+from rlhf.importance import importance_weights
 from rlhf.losses import policy_loss_sum, value_loss_sum
 from rlhf.roles import Roles
 from rlhf.rollout import Rollout
 from rlhf.sequences import Sequences
 from rlhf.sharding import clip_gradients, is_sharded
+
+logger = logging.getLogger(__name__)
 
 MAX_SKIPPED_IN_A_ROW = 3
 
@@ -69,18 +73,21 @@ def update(
     """Take the iteration's gradient steps; returns its figures and how many steps in a row were skipped at its end.
 
     A step whose loss or gradient is not finite is skipped: it would write NaN into every weight. Three in a row raise
-    NotFinite. Process r holds the responses r * B to (r + 1) * B - 1 of the iteration.
+    NotFinite. Process r holds the responses r * B to (r + 1) * B - 1 of the iteration. Responses that do not take part
+    (`truncated_responses: mask`) are not computed; a mini-batch of nothing else is no step.
     """
     own = len(rollout.prompts)
     first = accelerator.process_index * own
+    kept = rollout.kept_B(ppo).tolist()
     device = advantages_BR.device
     sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), dtype=torch.float64, device=device))
     parameters = [list(role.trained.values()) for role in (roles.policy, roles.value)]
     steps = skipped = 0
-    for step, mini_batch in enumerate(mini_batches(own * accelerator.num_processes, ppo, seed)):
-        rows = [index - first for index in mini_batch if first <= index < first + own]
-        tokens = rollout.sequences.response_mask_BR[rows].sum()
-        tokens = accelerator.reduce(tokens, "sum").clamp(min=1)
+    for mini_batch in mini_batches(own * accelerator.num_processes, ppo, seed):
+        rows = [index - first for index in mini_batch if first <= index < first + own and kept[index - first]]
+        tokens = accelerator.reduce(rollout.sequences.response_mask_BR[rows].sum(), "sum")
+        if ppo.truncated_responses == "mask" and not tokens:  # the same on all processes; else a step of decay alone
+            continue
         batches = _micro_batches(rollout.sequences, rows, ppo.token_budget, parameters, accelerator)
         stats = _backward(roles, rollout, batches, advantages_BR, returns_BR, tokens, ppo)
         _sum_gradients(parameters, accelerator)
@@ -93,7 +100,7 @@ def update(
                 sums[name] += value
             sums["policy_norm"] += policy_norm
             sums["value_norm"] += value_norm
-            if step == 0:
+            if steps == 1:
                 sums["first_ratio_error"] += stats["ratio_error"]
                 sums["first_tokens"] += stats["tokens"]
         else:
@@ -106,6 +113,11 @@ def update(
                 "newest checkpoint of output_dir: lower learning_rate or value_learning_rate, or check the "
                 "reward models' scores, and start again to go on from it."
             )
+    if not steps + skipped and accelerator.is_main_process:
+        logger.warning(
+            "truncated_responses mask: no response of this iteration ended by itself, so nothing was trained;"
+            " raise max_new_tokens"
+        )
     return _figures(sums, steps, skipped, accelerator), skipped_in_a_row
 
 
@@ -125,13 +137,17 @@ def _backward(
         old_N, advantages_N, old_values_N, returns_N = (
             sequences.flat(x_BR, rows) for x_BR in (rollout.logprobs_BR, advantages_BR, rollout.values_BR, returns_BR)
         )
+        weights_N = None
+        if rollout.sampler_logprobs_BR is not None and ppo.importance_cap:
+            sampler_N = sequences.flat(rollout.sampler_logprobs_BR, rows)
+            weights_N = importance_weights(old_N, sampler_N, ppo.importance_cap)
         with roles.policy.acting():
             if roles.one_trunk:
                 logprobs_N, entropy_N, values_N = roles.logprobs_and_values(sequences, rows)
                 value_loss, value_stats = value_loss_sum(values_N, old_values_N, returns_N, ppo.value_clip_range)
             else:
                 logprobs_N, entropy_N = roles.policy_logprobs(sequences, rows, entropy=True)
-            policy_loss, policy_stats = policy_loss_sum(logprobs_N, old_N, advantages_N, ppo.clip_range)
+            policy_loss, policy_stats = policy_loss_sum(logprobs_N, old_N, advantages_N, ppo.clip_range, weights_N)
             loss = policy_loss + ppo.value_coef * value_loss if roles.one_trunk else policy_loss
             (weight * loss / tokens).backward()
         if not roles.one_trunk:
@@ -175,7 +191,7 @@ def _sum_gradients(parameters: Sequence[Sequence[nn.Parameter]], accelerator: An
 
 def _figures(sums: dict[str, Tensor], steps: int, skipped: int, accelerator: Any) -> dict[str, float]:
     """Means over tokens of all processes, under the names of metrics.jsonl."""
-    norms = {f"optim/{name}": float(sums.pop(name)) / max(steps, 1) for name in ("policy_norm", "value_norm")}
+    norms = {f"optim/{name}": float(sums[name]) / max(steps, 1) for name in ("policy_norm", "value_norm")}
     names = sorted({"tokens", "first_tokens", "first_ratio_error", "policy_loss", "value_loss", "entropy", "clipped",
                     "kl_old", "value_clipped"})  # fmt: skip
     total = accelerator.reduce(torch.stack([sums[name] for name in names]).float(), "sum").tolist()

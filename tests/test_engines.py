@@ -151,7 +151,7 @@ def test_the_first_candidate_must_be_able_to_sample():
 
 
 def batch_of(**extra) -> SampleBatch:
-    return SampleBatch([[7, 2]], [[-1.0, -1.0]], extra.pop("known", [[-1.0, -1.0]]), ["stop"], [0], 1, **extra)
+    return SampleBatch([[7, 2]], extra.pop("known", [[-1.0, -1.0]]), [[]], ["stop"], [0], 1, **extra)
 
 
 def test_only_exact_and_complete_batches_may_be_trained_on():

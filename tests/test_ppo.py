@@ -38,7 +38,12 @@ SMALL = {"batch_size": 16, "mini_batch_size": 8, "max_new_tokens": 6, "token_bud
 @pytest.fixture(scope="module")
 def paths(tmp_path_factory):
     root = tmp_path_factory.mktemp("models")
+    ending = AutoModelForCausalLM.from_pretrained(save_tiny_policy(root / "ending", 0))
+    with torch.no_grad():
+        ending.lm_head.weight[2] *= 8  # of the stop token: about half of the responses end before they are cut off
+    ending.save_pretrained(root / "ending")
     return {
+        "ending": str(root / "ending"),
         "policy": save_tiny_policy(root / "policy", 0),
         "sft": save_tiny_policy(root / "sft", 1),
         "helpfulness": save_tiny_reward_model(root / "helpfulness", 2),
@@ -133,6 +138,98 @@ def test_recomputed_logprobs_are_the_samplers(paths):
     roles = load(paths, settings)
     sampled, recomputed = roll(roles, settings), roll(roles, replace(settings, recompute_logprobs=True))
     torch.testing.assert_close(sampled.logprobs_BR, recomputed.logprobs_BR, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_continuous_batching_samples_from_the_weights_as_they_are(paths, lora):
+    settings = settings_for(paths, sampling_engine="continuous_batching", temperature=0.7)
+    roles = load(paths, settings, use_peft=lora, lora_r=4)
+    for _ in range(2):
+        rollout = roll(roles, settings, 4)
+        gap_BR = (rollout.logprobs_BR - rollout.sampler_logprobs_BR).abs()
+        assert gap_BR.max() < 1e-4
+        assert rollout.sampler_logprobs_BR[rollout.sequences.response_mask_BR].abs().min() > 0
+        with torch.no_grad():
+            for p in roles.policy.trained.values():
+                p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(7)), alpha=0.3)
+    mixed = replace(settings, bf16=True)
+    roles = load(paths, mixed)
+    with pytest.raises(UserError, match="bf16 on a CPU"):
+        roll(roles, mixed, 4)
+
+
+def test_the_samplers_own_logprobs_need_no_second_pass(paths, monkeypatch):
+    settings = settings_for(paths)
+    roles = load(paths, settings)
+    monkeypatch.setattr(roles, "policy_logprobs", None)
+    assert roll(roles, settings).sampler_logprobs_BR is None
+
+
+def one_update(paths, settings, change=lambda rollout: rollout):
+    """Roll, change, update; weights before and after, figures, and what went in."""
+    roles, accelerator = load(paths, settings), Accelerator(cpu=True)
+    rollout = change(roll(roles, settings))
+    before = trained(roles)
+    advantages, returns = advantages_and_returns(rollout, settings, accelerator)
+    optimizer = make_optimizer(roles, settings)
+    figures, _ = update(roles, optimizer, rollout, advantages, returns, settings, accelerator, 0)
+    return before, trained(roles), figures, rollout, advantages
+
+
+def rows_of(rollout, rows):
+    """A rollout of some of its responses, built anew."""
+    pick = {name: getattr(rollout, name)[rows] for name in ("stopped_B", "logprobs_BR", "reference_logprobs_BR",
+            "values_BR", "r_helpfulness_B", "r_safety_B", "scores_B", "safety_decides_B")}  # fmt: skip
+    prompts, responses = ([column[row] for row in rows] for column in (rollout.prompts, rollout.responses))
+    sequences = Sequences.build([prompt.ids for prompt in prompts], responses, "cpu")
+    width = sequences.response_mask_BR.shape[1]
+    pick |= {name: x[:, :width] for name, x in pick.items() if name.endswith("_BR")}
+    return replace(rollout, prompts=prompts, responses=responses, sequences=sequences, **pick)
+
+
+def stop_every_other(rollout):
+    return replace(rollout, stopped_B=torch.arange(len(rollout.prompts)) % 2 == 0)
+
+
+def test_masked_responses_train_as_if_they_were_not_there(paths):
+    """Odd responses count as cut off: the step is that of the even ones alone."""
+    plain = settings_for(paths, mini_batch_size=16)
+    masked = replace(plain, truncated_responses="mask")
+    _, with_mask, figures, *_ = one_update(paths, masked, stop_every_other)
+    before, alone, expected, *_ = one_update(paths, plain, lambda rollout: rows_of(rollout, list(range(0, 16, 2))))
+    assert (alone - before).abs().max() > 1e-3
+    torch.testing.assert_close(with_mask, alone, atol=5e-5, rtol=1e-3)
+    assert figures == pytest.approx(expected, rel=1e-4, abs=1e-6)
+
+
+def test_a_mini_batch_of_cut_off_responses_is_no_step(paths, caplog):
+    settings = settings_for(paths, mini_batch_size=1, truncated_responses="mask")
+    *_, figures, rollout, _ = one_update(paths, settings, stop_every_other)
+    assert (figures["optim/steps"], figures["optim/skipped_steps"]) == (8, 0)
+    assert figures["policy/first_ratio_error"] < 1e-4
+    assert not caplog.records
+    nobody = torch.zeros(16, dtype=torch.bool)
+    before, after, figures, *_ = one_update(paths, settings, lambda rollout: replace(rollout, stopped_B=nobody))
+    assert torch.equal(before, after)
+    assert (figures["optim/steps"], figures["optim/skipped_steps"]) == (0, 0)
+    assert all(value == value for value in figures.values())
+    assert "raise max_new_tokens" in caplog.text
+
+
+@pytest.mark.parametrize("cap", [2.0, 0.0])
+def test_importance_weights_reach_the_policy_loss(paths, cap):
+    def drift(rollout):
+        noise = torch.randn(rollout.logprobs_BR.shape, generator=torch.Generator().manual_seed(3))
+        return replace(rollout, sampler_logprobs_BR=rollout.logprobs_BR - noise)
+
+    settings = settings_for(paths, mini_batch_size=16, recompute_logprobs=True, importance_cap=cap)
+    *_, figures, rollout, advantages_BR = one_update(paths, settings, drift)
+    ratio_BR = (rollout.logprobs_BR - rollout.sampler_logprobs_BR).exp()
+    weights_BR = torch.minimum(ratio_BR, torch.tensor(cap)) if cap else torch.ones_like(ratio_BR)
+    tokens = rollout.sequences.response_mask_BR.sum()  # in the first step pi / pi_old is 1
+    expected = float(-(weights_BR * advantages_BR).sum() / tokens)
+    assert figures["loss/policy"] == pytest.approx(expected, abs=1e-5)
+    assert (abs(expected) > 0.01) == bool(cap)  # unweighted, whitened advantages add up to 0
 
 
 def test_missing_eos_penalty_hits_cut_responses_only(paths):
@@ -326,9 +423,13 @@ def test_no_evaluation_between_the_first_and_the_last(paths, tmp_path):
     assert [row["step"] for row in metrics(tmp_path) if "eval/objective" in row] == [0, 3]
 
 
-@pytest.mark.parametrize("lora", [False, True])
-def test_a_killed_run_continues_bit_for_bit(paths, tmp_path, monkeypatch, lora):
-    extra = ("--use_peft", "true", "--lora_r", "4") if lora else ()
+ADAPTIVE = ("--kl_controller", "adaptive", "--kl_target", "0.001", "--kl_horizon", "16",
+            "--truncated_responses", "mask", "--recompute_logprobs", "true")  # fmt: skip
+
+
+@pytest.mark.parametrize("extra", [(), ("--use_peft", "true", "--lora_r", "4"), ADAPTIVE])
+def test_a_killed_run_continues_bit_for_bit(paths, tmp_path, monkeypatch, extra):
+    paths = of_objective(paths, extra)
     run_ppo(paths, tmp_path / "straight", *extra)
     real = ppo_script.Run.iterate
 
@@ -345,6 +446,35 @@ def test_a_killed_run_continues_bit_for_bit(paths, tmp_path, monkeypatch, lora):
     assert metrics(tmp_path / "straight") == metrics(tmp_path / "killed")
     assert torch.equal(final_weights(tmp_path / "straight"), final_weights(tmp_path / "killed"))
     assert [p.name for p in (tmp_path / "killed").glob("checkpoint-*")] == ["checkpoint-4"]
+    check_kl_coef(metrics(tmp_path / "killed"), extra == ADAPTIVE)
+
+
+def of_objective(paths, extra):
+    """Where cut-off responses are masked, some must not be cut off."""
+    return paths | {"policy": paths["ending"]} if extra == ADAPTIVE else paths
+
+
+def check_kl_coef(rows, adaptive):
+    """beta of every iteration by the rule of Ziegler et al. from the one before: 16 responses, a horizon of 16."""
+    expected = 0.01
+    for row in rows[1:]:
+        assert row["optim/policy_norm"] > 0
+        assert (0.2 < row["response/stopped"] < 0.8) == adaptive
+        assert row["policy/kl_coef"] == pytest.approx(expected)
+        assert ("sampler/logprob_gap" in row) == adaptive  # where old log-probs are recomputed
+        expected *= 1 + min(max(row["policy/kl"] / 0.001 - 1, -0.2), 0.2) if adaptive else 1
+    assert (expected != 0.01) == adaptive
+
+
+def test_the_held_out_objective_has_the_beta_of_the_settings(paths, tmp_path, monkeypatch):
+    monkeypatch.setattr(ppo_script, "next_kl_coef", lambda *_: 1e6)  # far from the 0.01 of the settings
+    run_ppo(of_objective(paths, ADAPTIVE), tmp_path, *ADAPTIVE, "--learning_rate", "0.01")
+    state = json.loads((tmp_path / "checkpoint-4" / "state.json").read_text())
+    assert state["kl_coef"] == 1e6
+    mean, deviation = state["unit"]
+    last = metrics(tmp_path)[-1]
+    assert last["eval/kl"] > 1e-3
+    assert last["eval/objective"] == pytest.approx((last["eval/combined"] - mean) / deviation - 0.01 * last["eval/kl"])
 
 
 def test_the_kl_cap_stops_and_the_best_held_out_policy_is_kept(paths, tmp_path, monkeypatch):
@@ -461,11 +591,17 @@ def run_on_two(paths, script, output, *extra, environment, total):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("environment", "extra"),
-    [({}, ()), (FSDP2, ()), (FSDP2, ("--use_peft", "true", "--lora_r", "4", "--gradient_checkpointing", "true"))],
-    ids=["copies", "sharded", "sharded LoRA"],
+    [
+        ({}, ()),
+        ({}, ADAPTIVE),
+        (FSDP2, ()),
+        (FSDP2, ("--use_peft", "true", "--lora_r", "4", "--gradient_checkpointing", "true")),
+    ],
+    ids=["copies", "masked copies", "sharded", "sharded LoRA"],
 )
 def test_two_processes_reach_what_one_does(paths, tmp_path, environment, extra):
     """Uneven shares included: 9 held-out prompts. Adam's epsilon keeps rounding in tiny gradients from growing."""
+    paths = of_objective(paths, extra)
     extra = ("--eval_prompts", "9", "--adam_epsilon", "0.01", "--gold", "simulated", "--save_steps", "1", *extra)
     run_ppo(paths, tmp_path / "one", *extra, total=2)
     run_on_two(paths, tmp_path / "two.py", tmp_path / "two", *extra, environment=environment, total=1)
