@@ -34,6 +34,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, LlamaForS
 from benchmarks.memory import forget_peak, peak_since_mib, resident_mib
 from configs.chat import load_chat_format
 from configs.model_settings import ModelSettings
+from configs.plan_settings import PlanSettings
 from configs.ppo_settings import PPOSettings
 from rlhf import ppo
 from rlhf.plan import plan_of, predict, roles_of
@@ -117,11 +118,12 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         measured = run_ppo(fields | paths, options.lora, folder / "out") - before
         settings = PPOSettings(**fields, **{k: v for k, v in paths.items() if k != "model_name_or_path"})
         model = ModelSettings(model_name_or_path=paths["model_name_or_path"], use_peft=options.lora)
-        plan = plan_of(settings, model, find_shape("auto", model.model_name_or_path), 1, on_cpu=True)
+        machine = PlanSettings()
+        plan = plan_of(settings, model, machine, find_shape("auto", model.model_name_or_path), on_cpu=True)
         # A micro-batch of whole rows may hold fewer tokens than its budget.
         row = plan.prompt_tokens + plan.response_tokens
         plan = replace(plan, token_budget=min(plan.token_budget // row, settings.mini_batch_size) * row)
-        found = predict(plan, roles_of(settings, model, plan))
+        found = predict(plan, roles_of(settings, model, machine, plan))
     phase = max(found["phases"], key=found["phases"].__getitem__)
     return {"predicted": found["peak"] / 2**20, "resident": found["resident"] / 2**20, "phase": phase,
             "measured": measured, "tokens": plan.token_budget}  # fmt: skip

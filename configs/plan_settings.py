@@ -52,6 +52,7 @@ class PlanSettings:
         default="whole", metadata={"help": "sharded weights when sampling: all at once, or layer by layer at each step"}
     )
     judges: int = field(default=0, metadata={"help": "held-out judges loaded beside the reward models"})
+    adapter_rank: int = field(default=64, metadata={"help": "LoRA rank of adapter folders that are not there yet"})
     mean_prompt_tokens: float | None = field(
         default=None, metadata={"help": "for the time; none: half of max_prompt_tokens"}
     )
@@ -63,7 +64,7 @@ class PlanSettings:
     as_json: bool = field(default=False, metadata={"help": "print one JSON object in place of the tables"})
 
     def __post_init__(self) -> None:
-        for name in ("gpus", "gpus_per_node"):
+        for name in ("gpus", "gpus_per_node", "adapter_rank"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} must be at least 1, not {getattr(self, name)}")
         if self.judges < 0:

@@ -38,50 +38,64 @@ SAMPLER_ROWS, SAMPLER_COLUMNS = 1024, 32_768  # of rlhf/rollout.py and of the sa
 CONTEXT_GIB, USABLE = 1.0, 0.95
 
 
-def plan_of(ppo: PPOSettings, model: ModelSettings, shape: Shape, gpus: int, sharding: str = "none",
-            gather_layers: bool = False, on_cpu: bool = False) -> Plan:  # fmt: skip
+def plan_of(ppo: PPOSettings, model: ModelSettings, settings: PlanSettings, shape: Shape, on_cpu: bool = False) -> Plan:
     """The settings as the arithmetic takes them. UserError for what it does not know."""
     modules = tuple(model.lora_target_modules or PROJECTIONS)
     if unknown := [name for name in modules if name not in PROJECTIONS]:
         raise UserError(f"lora_target_modules: {', '.join(unknown)}: only {', '.join(PROJECTIONS)} can be planned")
-    four_bit = getattr(model, "load_in_4bit", False)
-    if four_bit and sharding != "none":
-        raise UserError(f"sharding: 4-bit weights stay whole on every process; leave {sharding} out")
+    if model.load_in_4bit and settings.sharding != "none":
+        raise UserError(f"sharding: 4-bit weights stay whole on every process; leave {settings.sharding} out")
+    if model.load_in_4bit and not model.use_peft:
+        raise UserError("load_in_4bit: 4-bit weights are trained under LoRA only; add use_peft: true")
+    gpus = settings.gpus
     if ppo.batch_size % gpus:
         raise UserError(f"batch_size {ppo.batch_size} is not a multiple of {gpus} processes")
+    rank = model.lora_r
+    if model.use_peft and model.adapter_path:
+        rank = adapter_rank(model.adapter_path, settings.adapter_rank) or settings.adapter_rank
     auto = 4 if on_cpu else 2
     frozen = {"auto": auto, "float32": 4, "bfloat16": 2}[model.dtype]
     return Plan(
-        shape=shape, lora=model.use_peft, rank=model.lora_r, modules=modules, four_bit=four_bit, frozen_width=frozen,
+        shape=shape, lora=model.use_peft, rank=rank, modules=modules, four_bit=model.load_in_4bit, frozen_width=frozen,
         trained_width=2 if model.dtype == "bfloat16" else 4, autocast=ppo.bf16, checkpointing=ppo.gradient_checkpointing,
         token_budget=ppo.token_budget or (CPU_TOKENS if on_cpu else GPU_TOKENS),
-        shards=1 if sharding == "none" else gpus, gather_layers=gather_layers, responses=ppo.batch_size // gpus,
+        shards=1 if settings.sharding == "none" else gpus, gather_layers=settings.sampling_gather == "layers",
+        responses=ppo.batch_size // gpus, per_prompt=ppo.responses_per_prompt,
         prompt_tokens=ppo.max_prompt_tokens, response_tokens=ppo.max_new_tokens, sampler_rows=SAMPLER_ROWS,
         sampler_columns=SAMPLER_COLUMNS, feed_tokens=CPU_FEED_TOKENS if on_cpu else FEED_TOKENS,
     )  # fmt: skip
 
 
-def adapter_rank(path: str, lora: bool, rank: int) -> int | None:
-    """The rank of the adapter folder `path`, `rank` where it is not there yet; None: a model of its own."""
+def adapter_rank(path: str, otherwise: int) -> int | None:
+    """The rank of the adapter folder `path`, `otherwise` where it is not there yet; None: a model of its own."""
     config = Path(path, "adapter_config.json")
-    if not lora or not (config.is_file() or Path(path).name == "adapter"):
-        return None
-    return int(json.loads(config.read_text(encoding="utf-8"))["r"]) if config.is_file() else rank
+    if config.is_file():
+        return int(json.loads(config.read_text(encoding="utf-8"))["r"])
+    return otherwise if Path(path).name == "adapter" else None
 
 
-def roles_of(ppo: PPOSettings, model: ModelSettings, plan: Plan, judges: int = 0) -> list[Role]:
-    """Every model that a process holds. Reward models that are adapter folders lie on the shared base."""
-    adapter = getattr(model, "adapter_path", None)
-    roles = policy_roles(plan, "copy" if ppo.reference_model == "sft" or adapter else "off")
+def roles_of(ppo: PPOSettings, model: ModelSettings, settings: PlanSettings, plan: Plan) -> list[Role]:
+    """Every model that a process holds, as rlhf/load_roles.py makes them: under LoRA, adapter folders on one base."""
+    start = ppo.sft_model_path if ppo.reference_model == "sft" else model.adapter_path
+    unknown = settings.adapter_rank
+    reference = "off" if not start else "model" if adapter_rank(start, unknown) is None else "adapter"
     paths = {"helpfulness reward": ppo.helpfulness_model_path, "safety reward": ppo.safety_model_path}
-    ranks = {name: adapter_rank(path, plan.lora, plan.rank) for name, path in paths.items()}
-    rank = ranks["helpfulness reward"]
-    from_policy = ppo.value_model == "policy"
-    on_base = from_policy and bool(adapter) or rank is not None
-    roles.append(value_role(plan, on_base, plan.rank if from_policy or rank is None else rank))
-    for number in range(judges):
-        ranks[f"judge {number + 1}"] = rank
-    return roles + [scorer_role(plan, name, of is not None, of or plan.rank) for name, of in ranks.items()]
+    ranks = {name: adapter_rank(path, unknown) if plan.lora else None for name, path in paths.items()}
+    rank: int | None = plan.rank
+    value = "adapter"
+    if ppo.value_model == "trunk":
+        value = "trunk"
+    elif ppo.value_model != "policy":
+        rank = adapter_rank(ppo.value_path, unknown)
+        if rank is None:
+            value = "borrowed" if ppo.value_model == "helpfulness" else "model"
+    for number in range(settings.judges):
+        ranks[f"judge {number + 1}"] = ranks["helpfulness reward"]
+    return [
+        *policy_roles(plan, reference),
+        value_role(plan, value, rank or model.lora_r),
+        *(scorer_role(plan, name, of is not None, of or plan.rank) for name, of in ranks.items()),
+    ]
 
 
 def predict(plan: Plan, roles: list[Role]) -> dict[str, Any]:
@@ -99,7 +113,10 @@ def time_of(ppo: PPOSettings, settings: PlanSettings, plan: Plan) -> dict[str, A
                     settings.bandwidth_utilisation)  # fmt: skip
     prompt = settings.mean_prompt_tokens or ppo.max_prompt_tokens / 2
     response = settings.mean_response_tokens or ppo.max_new_tokens
-    work = Work(2, 1 + (ppo.recompute_logprobs or ppo.bf16), ppo.ppo_epochs, response, prompt)
+    work = Work(
+        scorers=2, logprob_passes=1 + (ppo.recompute_logprobs or ppo.bf16), epochs=ppo.ppo_epochs,
+        mean_response=response, mean_prompt=prompt, one_trunk=ppo.value_model == "trunk",
+    )  # fmt: skip
     seconds = iteration_seconds(plan, work, device)
     total = sum(seconds.values())
     return {
@@ -145,8 +162,8 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
     """Prints the plan; returns it as the JSON has it, in bytes and seconds."""
     ppo, model, _, settings = cli.parse(PPOSettings, ModelSettings, RunSettings, PlanSettings, args=args)
     shape = find_shape(settings.shape, model.model_name_or_path)
-    plan = plan_of(ppo, model, shape, settings.gpus, settings.sharding, settings.sampling_gather == "layers")
-    roles = roles_of(ppo, model, plan, settings.judges)
+    plan = plan_of(ppo, model, settings, shape)
+    roles = roles_of(ppo, model, settings, plan)
     found = predict(plan, roles)
     gpu_gib = settings.accelerator.memory_gib
     found["fits"] = found["peak"] / GIB + CONTEXT_GIB <= USABLE * gpu_gib

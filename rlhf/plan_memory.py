@@ -33,6 +33,7 @@ class Plan:
     shards: int  # processes that share weights, gradients and states; 1: every process has all
     gather_layers: bool  # sampling gathers a layer at a time instead of the whole policy
     responses: int  # of this process and iteration
+    per_prompt: int  # of them, to one prompt
     prompt_tokens: int  # longest
     response_tokens: int  # longest
     sampler_rows: int
@@ -55,11 +56,16 @@ class Role:
         return self.weights + self.gradients + self.optimizer
 
 
-def frozen_bytes(plan: Plan, scalar_head: bool = False) -> float:
-    """A frozen model: its matrices in 4 bits where asked; embeddings, norms and head are never quantised."""
+def frozen_bytes(plan: Plan) -> float:
+    """A frozen language model: its matrices in 4 bits where asked; embeddings, norms and head are never quantised."""
     linear = plan.shape.linear_parameters
-    rest = plan.shape.parameters(scalar_head) - linear
+    rest = plan.shape.parameters() - linear
     return linear * (NF4_BYTES if plan.four_bit else plan.frozen_width) + rest * plan.frozen_width
+
+
+def scalar_model_bytes(plan: Plan) -> float:
+    """A frozen reward model of its own, which is not quantised."""
+    return float(plan.shape.parameters(scalar_head=True) * plan.frozen_width)
 
 
 def trained_role(name: str, parameters: int, width: int, frozen: float = 0.0, shared: bool = False) -> Role:
@@ -69,7 +75,7 @@ def trained_role(name: str, parameters: int, width: int, frozen: float = 0.0, sh
 
 
 def policy_roles(plan: Plan, reference: str) -> list[Role]:
-    """Base, policy and reference. `reference`: `copy` (a frozen adapter or model), `off` (the base, adapter off)."""
+    """Base, policy and reference. `reference`: `adapter` (a frozen one), `off` (the base alone), `model` (its own)."""
     if not plan.lora:
         policy = trained_role("policy", plan.shape.parameters(), plan.trained_width)
         return [policy, Role("reference", frozen_bytes(plan))]
@@ -77,23 +83,30 @@ def policy_roles(plan: Plan, reference: str) -> list[Role]:
     return [
         Role("base", frozen_bytes(plan)),
         trained_role("policy", adapter, 4, shared=True),
-        Role("reference", 4.0 * adapter if reference == "copy" else 0.0, shared=True),
+        Role("reference", frozen_bytes(plan))
+        if reference == "model"
+        else Role("reference", 4.0 * adapter if reference == "adapter" else 0.0, shared=True),
     ]
 
 
-def value_role(plan: Plan, on_base: bool, rank: int) -> Role:
-    """The value model: an adapter and a scalar head on the base, or a model of its own (LoRA: frozen, with an adapter)."""
+def value_role(plan: Plan, start: str, rank: int) -> Role:
+    """The value model by what it starts from: `trunk` (a head on the policy), `adapter` (one on the base), `borrowed` (one
+    on the merged helpfulness model, which is there anyway), `model` (one on a merged model, or all weights of a model).
+    """
+    if start == "trunk":
+        return trained_role("value", plan.shape.hidden, 4, shared=True)
     if not plan.lora:
         return trained_role("value", plan.shape.parameters(scalar_head=True), plan.trained_width)
     trained = plan.shape.lora_parameters(rank, plan.modules) + plan.shape.hidden
-    return trained_role("value", trained, 4, 0.0 if on_base else frozen_bytes(plan, scalar_head=True), on_base)
+    own = scalar_model_bytes(plan) if start == "model" else 0.0
+    return trained_role("value", trained, 4, own, shared=start != "model")
 
 
 def scorer_role(plan: Plan, name: str, on_base: bool, rank: int) -> Role:
     """A reward model or judge: a frozen adapter with its scalar head, or a model of its own."""
     if on_base:
         return Role(name, 4.0 * (plan.shape.lora_parameters(rank, plan.modules) + plan.shape.hidden), shared=True)
-    return Role(name, frozen_bytes(plan, scalar_head=True))
+    return Role(name, scalar_model_bytes(plan))
 
 
 def saved_bytes_per_token(plan: Plan) -> float:
@@ -211,13 +224,13 @@ def phase_bytes(plan: Plan, policy_weights: float) -> dict[str, float]:
     shape = plan.shape
     rows, _ = rows_and_columns(plan)
     fed = min(plan.feed_tokens, rows * plan.prompt_tokens)
-    # A response has at least one prompt token before it, so a micro-batch has fewer response tokens than tokens.
-    scored = plan.token_budget * plan.response_tokens // (plan.prompt_tokens + plan.response_tokens)
+    own = plan.per_prompt * plan.response_tokens  # a micro-batch has response tokens beside those of their prompt
+    scored = plan.token_budget * own // (plan.prompt_tokens + own)
     forward = layer_work_bytes(plan, backward=False)
     moved = matrix_work_bytes(plan) if plan.lora else 0.0
     gathered = gathered_layer_bytes(plan)
-    whole = 0.0 if plan.shards == 1 else policy_weights * (1 - 1 / plan.shards)
-    sampling = (gathered if plan.gather_layers else whole) + cache_bytes(plan) + moved
+    whole = gathered if plan.gather_layers else policy_weights * (1 - 1 / plan.shards)
+    sampling = whole + cache_bytes(plan) + moved
     sampling += max(fed * forward, 4 * 4.0 * rows * shape.vocabulary)
     states = plan.token_budget * stream_width(plan) * shape.hidden  # hidden states after the last layer
     scoring = plan.token_budget * forward + moved + gathered

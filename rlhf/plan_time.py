@@ -29,6 +29,7 @@ class Work:
     epochs: int
     mean_response: float  # tokens
     mean_prompt: float
+    one_trunk: bool = False  # values come out of the policy's own pass
 
 
 def forward_flops(plan: Plan, context: float, head: bool) -> float:
@@ -42,11 +43,15 @@ def forward_flops(plan: Plan, context: float, head: bool) -> float:
 
 
 def pass_flops(plan: Plan, work: Work, head: bool) -> float:
-    """A forward over all of this process's tokens; the head at response tokens only."""
-    tokens = work.mean_prompt + work.mean_response
+    """A forward over all of this process's tokens, a prompt once for its responses; the head at response tokens only."""
+    tokens = tokens_per_response(plan, work)
     share = work.mean_response / tokens
-    one = forward_flops(plan, tokens / 2, False) + (2 * plan.shape.head_parameters * share if head else 0)
+    one = forward_flops(plan, (work.mean_prompt + work.mean_response) / 2, False) + (2 * plan.shape.head_parameters * share if head else 0)
     return plan.responses * tokens * one
+
+
+def tokens_per_response(plan: Plan, work: Work) -> float:
+    return work.mean_prompt / plan.per_prompt + work.mean_response
 
 
 def update_flops(plan: Plan, work: Work) -> float:
@@ -54,7 +59,8 @@ def update_flops(plan: Plan, work: Work) -> float:
     again under gradient checkpointing.
     """
     passes = (2 if plan.lora else 3) + plan.checkpointing
-    return work.epochs * passes * (pass_flops(plan, work, True) + pass_flops(plan, work, False))
+    value = 0.0 if work.one_trunk else pass_flops(plan, work, False)
+    return work.epochs * passes * (pass_flops(plan, work, True) + value)
 
 
 def weight_bytes_read(plan: Plan) -> float:
@@ -91,16 +97,16 @@ def gather_seconds(plan: Plan, device: Device) -> float:
 def iteration_seconds(plan: Plan, work: Work, device: Device) -> dict[str, float]:
     """Seconds by phase. Sharded weights are gathered for each micro-batch's forward and backward, and once to sample."""
     speed = device.flops * device.utilisation
-    tokens = work.mean_prompt + work.mean_response
-    micro_batches = -(-plan.responses * tokens // plan.token_budget)
+    micro_batches = -(-plan.responses * tokens_per_response(plan, work) // plan.token_budget)
     gather = gather_seconds(plan, device)
-    prefill = plan.responses * work.mean_prompt * forward_flops(plan, work.mean_prompt / 2, False) / speed
+    prefill = plan.responses / plan.per_prompt * work.mean_prompt * forward_flops(plan, work.mean_prompt / 2, False) / speed
     once = 0.0 if plan.gather_layers else gather
+    models = 1 if work.one_trunk else 2
     passes = 2 + plan.checkpointing  # gathers of a micro-batch's update: forward, backward, recomputation
     return {
         "sample": prefill + decode_seconds(plan, work, device) + once,
         "score": work.scorers * (pass_flops(plan, work, False) / speed + micro_batches * gather),
         "log-probs": work.logprob_passes * (pass_flops(plan, work, True) / speed + micro_batches * gather)
         + pass_flops(plan, work, False) / speed + micro_batches * gather,
-        "update": update_flops(plan, work) / speed + work.epochs * 2 * passes * micro_batches * gather,
+        "update": update_flops(plan, work) / speed + work.epochs * models * passes * micro_batches * gather,
     }  # fmt: skip

@@ -15,6 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassifi
 
 from configs.errors import UserError
 from configs.model_settings import ModelSettings
+from configs.plan_settings import PlanSettings
 from configs.ppo_settings import PPOSettings
 from rlhf import plan, plan_memory, plan_time, rollout, sampler
 from rlhf.plan_shapes import SHAPES, Shape, find_shape, shape_of_config
@@ -26,7 +27,7 @@ SEVEN = SHAPES["llama2-7b"]
 def plan_of(shape: Shape = SEVEN, **changes) -> plan_memory.Plan:
     base = plan_memory.Plan(
         shape=shape, lora=True, rank=64, modules=plan.PROJECTIONS, four_bit=False, frozen_width=2, trained_width=4,
-        autocast=False, checkpointing=True, token_budget=8192, shards=1, gather_layers=False, responses=512,
+        autocast=False, checkpointing=True, token_budget=8192, shards=1, gather_layers=False, responses=512, per_prompt=1,
         prompt_tokens=1024, response_tokens=512, sampler_rows=1024, sampler_columns=32_768, feed_tokens=16_384,
     )  # fmt: skip
     return dataclasses.replace(base, **changes)
@@ -114,18 +115,18 @@ def test_a_layer_keeps_for_backward_what_the_formula_says(kv_heads, lora, dtype,
 
 
 def test_roles_of_7b_lora_on_one_base_by_hand():
-    base, policy, reference = plan_memory.policy_roles(plan_of(), "copy")
+    base, policy, reference = plan_memory.policy_roles(plan_of(), "adapter")
     assert base.total == 2 * 6_738_415_616
     assert (policy.weights, policy.gradients, policy.optimizer) == (639_631_360, 639_631_360, 1_279_262_720)
     assert reference.total == 639_631_360
     assert plan_memory.policy_roles(plan_of(), "off")[2].total == 0
     assert plan_memory.scorer_role(plan_of(), "safety", True, 64).total == 4 * (159_907_840 + 4096)
     assert plan_memory.scorer_role(plan_of(), "safety", False, 64).total == 2 * 6_607_347_712
-    assert plan_memory.value_role(plan_of(), True, 64).total == 16 * (159_907_840 + 4096)
+    assert plan_memory.value_role(plan_of(), "adapter", 64).total == 16 * (159_907_840 + 4096)
 
 
 def test_roles_of_7b_in_full_by_hand():
-    policy, reference = plan_memory.policy_roles(plan_of(lora=False), "copy")
+    policy, reference = plan_memory.policy_roles(plan_of(lora=False), "model")
     assert policy.total == 16 * 6_738_415_616  # float32 weights, gradients, two moments
     assert reference.total == 2 * 6_738_415_616
     assert plan_memory.resident_bytes(plan_of(lora=False, shards=8), [policy]) == 2 * 6_738_415_616
@@ -210,16 +211,15 @@ def test_sizes_come_from_config_json_and_adapters_from_their_own(tmp_path):
     assert find_shape("auto", "meta-llama/Llama-2-13b-chat-hf") == SHAPES["llama2-13b"]
     (tmp_path / "of-mine").mkdir()
     (tmp_path / "of-mine/adapter_config.json").write_text('{"r": 5}')
-    assert plan.adapter_rank(str(tmp_path / "of-mine"), True, 64) == 5
-    assert plan.adapter_rank("runs/x/adapter", True, 64) == 64
-    assert plan.adapter_rank("runs/x/model", True, 64) is None
-    assert plan.adapter_rank("runs/x/adapter", False, 64) is None
+    assert plan.adapter_rank(str(tmp_path / "of-mine"), 64) == 5
+    assert plan.adapter_rank("runs/x/adapter", 64) == 64
+    assert plan.adapter_rank("runs/x/model", 64) is None
 
 
 def test_value_and_reward_models_are_on_the_base_where_they_are_adapters():
     ppo = PPOSettings(helpfulness_model_path="h/adapter", safety_model_path="s/model")
     model = ModelSettings(model_name_or_path="m", use_peft=True, lora_r=64)
-    roles = {role.name: role for role in plan.roles_of(ppo, model, plan_of(), judges=1)}
+    roles = {role.name: role for role in plan.roles_of(ppo, model, PlanSettings(judges=1), plan_of())}
     assert [name for name, role in roles.items() if role.shared] == [
         "policy", "reference", "value", "helpfulness reward", "judge 1"
     ]  # fmt: skip
@@ -236,6 +236,8 @@ def test_value_and_reward_models_are_on_the_base_where_they_are_adapters():
         ({"sharding": "fsdp2"}, "needs gpus above 1"),
         ({"sampling_gather": "layers"}, "no effect without sharding"),
         ({"gpu_memory_gib": -4}, "gpu_memory_gib must be a number above 0"),
+        ({"load_in_4bit": "true", "use_peft": "false"}, "under LoRA only"),
+        ({"load_in_4bit": "true", "gpus": 2, "sharding": "zero3"}, "4-bit weights stay whole"),
         ({"utilisation": 1.5}, "utilisation must be in"),
         ({"lora_target_modules": "lm_head"}, "lora_target_modules: lm_head"),
         ({"judge": 2}, "did you mean 'judges'"),
