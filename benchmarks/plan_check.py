@@ -2,12 +2,13 @@
 
     python benchmarks/plan_check.py [--budgets 512 2048] [--layers 6] [--hidden 256]
 
-Each case (all weights or LoRA, with and without gradient checkpointing, micro-batches of each budget) is a process of its
-own: it runs rlhf/ppo.py on a tiny model first, so that every library is loaded and warm, then on the small Llama. What is
-measured is the most that was resident during the iteration, sampling to update, above what was resident before the models
-were loaded. Loading is left out: on a CPU the mapped files count as resident then, which is not so on a GPU. The C library
-is told to give freed memory back at once, so that the figure counts tensors, as a GPU's allocator does. The last line is
-one JSON object: `ratio` is the median of predicted over measured, `lowest` and `highest` its range.
+Each case (all weights or LoRA, with and without gradient checkpointing, micro-batches of each budget) is a process of
+its own: it runs rlhf/ppo.py on a tiny model first, so that every library is loaded and warm, then on the small Llama.
+What is measured is the most that was resident during the iteration, sampling to update, above what was resident
+before the models were loaded. Loading is left out: on a CPU the mapped files count as resident then, which is not so
+on a GPU. The C library is told to give freed memory back at once, so that the figure counts tensors, as a GPU's
+allocator does. The last line is one JSON object: `ratio` is the median of predicted over measured, `lowest` and
+`highest` its range.
 """
 
 import argparse
@@ -25,7 +26,7 @@ from unittest import mock
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # launched by path, Python puts benchmarks/ first
 
-from rlhf import cli  # noqa: I001  (first: it switches off telemetry before other libraries are imported)
+from rlhf import cli  # noqa: F401,I001  (first: it switches off telemetry before other libraries are imported)
 
 import torch
 from tqdm import tqdm
@@ -153,8 +154,10 @@ def main(args: list[str] | None = None) -> None:
         case = {"lora": lora, "checkpointing": checkpointing, "budget": budget}
         cases.append(case | json.loads(done.stdout.splitlines()[-1]))
         found = cases[-1]
-        tqdm.write(f"lora {lora!s:5} checkpointing {checkpointing!s:5} budget {budget:5}: predicted "
-                   f"{found['predicted']:7.1f} MiB ({found['resident']:.1f} by roles), measured {found['measured']:7.1f}")  # fmt: skip
+        tqdm.write(
+            f"lora {lora!s:5} checkpointing {checkpointing!s:5} budget {budget:5}: predicted "
+            f"{found['predicted']:7.1f} MiB ({found['resident']:.1f} by roles), measured {found['measured']:7.1f}"
+        )
     ratios = [case["predicted"] / case["measured"] for case in cases]
     print(json.dumps({"ratio": median(ratios), "lowest": min(ratios), "highest": max(ratios), "cases": cases}))
 

@@ -17,8 +17,8 @@ class Accelerator:
 
 
 # NVIDIA's data sheets: A100 80GB SXM (nvidia-a100-datasheet), H100 SXM, H200 SXM and L4 product pages, where TFLOP/s
-# "with sparsity" are halved; RTX 4090 from the Ada architecture white paper, appendix A (bf16 with float32 accumulate).
-# Links: half of NVLink's or PCIe's two-way figure. Memory: what the driver leaves of the nominal 80, 80, 141, 24, 24 GB.
+# "with sparsity" are halved; RTX 4090: the Ada architecture white paper, appendix A (bf16 with float32 accumulate).
+# Links: half of NVLink's or PCIe's two-way figure. Memory: what the driver leaves of 80, 80, 141, 24, 24 GB.
 ACCELERATORS = {
     "a100_80gb": Accelerator(79.1, 312.0, 2039.0, 300.0),
     "h100_80gb": Accelerator(79.1, 989.0, 3350.0, 450.0),

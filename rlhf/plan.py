@@ -3,8 +3,8 @@
     accelerate launch rlhf/plan.py --config configs/llama2_7b_ppo.yaml --gpus 8 --gpu a100_80gb
     accelerate launch rlhf/plan.py --config configs/llama2_7b_ppo.yaml --shape llama2-13b --gpu_memory_gib 40
 
-Takes PPO's own config and flags. Of the model it reads config.json alone, of Llama 2 not even that. The arithmetic is in
-rlhf/plan_memory.py and rlhf/plan_time.py; docs/planning.md compares it with measured peaks. Nothing is written.
+Takes PPO's own config and flags. Of the model it reads config.json alone, of Llama 2 not even that. The arithmetic is
+in rlhf/plan_memory.py and rlhf/plan_time.py; docs/planning.md compares it with measured peaks. Nothing is written.
 """
 
 import json
@@ -33,7 +33,7 @@ from rlhf.plan_shapes import PROJECTIONS, Shape, find_shape
 from rlhf.plan_time import Device, Work, iteration_seconds
 
 GIB = 2**30
-SAMPLER_ROWS, SAMPLER_COLUMNS = 1024, 32_768  # of rlhf/rollout.py and of the sampler's token_budget
+SAMPLER_ROWS = 1024  # of rlhf/rollout.py
 # Beside tensors a process holds the CUDA context and libraries, about 1 GiB; an allocator loses some of the rest.
 CONTEXT_GIB, USABLE = 1.0, 0.95
 
@@ -57,12 +57,13 @@ def plan_of(ppo: PPOSettings, model: ModelSettings, settings: PlanSettings, shap
     frozen = {"auto": auto, "float32": 4, "bfloat16": 2}[model.dtype]
     return Plan(
         shape=shape, lora=model.use_peft, rank=rank, modules=modules, four_bit=model.load_in_4bit, frozen_width=frozen,
-        trained_width=2 if model.dtype == "bfloat16" else 4, autocast=ppo.bf16, checkpointing=ppo.gradient_checkpointing,
+        trained_width=2 if model.dtype == "bfloat16" else 4, autocast=ppo.bf16,
+        checkpointing=ppo.gradient_checkpointing,
         token_budget=ppo.token_budget or (CPU_TOKENS if on_cpu else GPU_TOKENS),
         shards=1 if settings.sharding == "none" else gpus, gather_layers=settings.sampling_gather == "layers",
         responses=ppo.batch_size // gpus, per_prompt=ppo.responses_per_prompt,
         prompt_tokens=ppo.max_prompt_tokens, response_tokens=ppo.max_new_tokens, sampler_rows=SAMPLER_ROWS,
-        sampler_columns=SAMPLER_COLUMNS, feed_tokens=CPU_FEED_TOKENS if on_cpu else FEED_TOKENS,
+        sampler_columns=ppo.sampling_token_budget, feed_tokens=CPU_FEED_TOKENS if on_cpu else FEED_TOKENS,
     )  # fmt: skip
 
 

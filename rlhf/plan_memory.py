@@ -1,7 +1,7 @@
 """Memory of one PPO process from shapes and settings: weights by role, and the peak of each phase. [pure]
 
-All figures are bytes of one process. They count tensors, as a GPU's allocator does, and neither the CUDA context nor what
-an allocator loses to fragments. docs/planning.md says how far this is from measured peaks.
+All figures are bytes of one process. They count tensors, as a GPU's allocator does, and neither the CUDA context nor
+what an allocator loses to fragments. docs/planning.md says how far this is from measured peaks.
 
 Letters: D hidden, A attention width, K key/value width, F feed-forward width, H heads, r LoRA rank, V vocabulary.
 """
@@ -90,8 +90,8 @@ def policy_roles(plan: Plan, reference: str) -> list[Role]:
 
 
 def value_role(plan: Plan, start: str, rank: int) -> Role:
-    """The value model by what it starts from: `trunk` (a head on the policy), `adapter` (one on the base), `borrowed` (one
-    on the merged helpfulness model, which is there anyway), `model` (one on a merged model, or all weights of a model).
+    """The value model by what it starts from: `trunk` (a head on the policy), `adapter` (one on the base), `borrowed`
+    (one on the merged helpfulness model, which is there anyway), `model` (one on a merged model, or all its weights).
     """
     if start == "trunk":
         return trained_role("value", plan.shape.hidden, 4, shared=True)
@@ -168,8 +168,8 @@ def stream_width(plan: Plan) -> int:
 def layer_work_bytes(plan: Plan, backward: bool) -> float:
     """Per token, what comes and goes inside a layer at its widest, the feed-forward part.
 
-    Forward: the stream and the norm's output, and three rows of F (gate's result, up's, their product); an adapter on up
-    adds its own product and the scaled one, in float32. Backward, with the layer's kept tensors still whole: the
+    Forward: the stream and the norm's output, and three rows of F (gate's result, up's, their product); an adapter on
+    up adds its own product and the scaled one, in float32. Backward, with the layer's kept tensors still whole: the
     gradients of the product and of its two factors, the stream's gradient twice; an adapter adds one of F in float32.
     """
     shape, product = plan.shape, 2 if plan.autocast else stream_width(plan)
@@ -183,8 +183,8 @@ def layer_work_bytes(plan: Plan, backward: bool) -> float:
 def head_work_bytes(plan: Plan, tokens: int, backward: bool) -> float:
     """Logits of one chunk of `tokens` response tokens (rlhf/losses.py) with what is made from them.
 
-    Forward: the logits and two more of their size for the entropy. Backward of a chunk: the logits, the gradient through
-    the log-sum-exp and the one through the pick, and their sum, four in all. A bfloat16 head has its own product too.
+    Forward: the logits and two more of their size for the entropy. Backward of a chunk: the logits, the gradient
+    through the log-sum-exp and the one through the pick, and their sum, four in all. A bfloat16 head has its own product.
     """
     elements = min(CHUNK_ELEMENTS, tokens * plan.shape.vocabulary)
     return elements * (4.0 * (4 if backward else 3) + (stream_width(plan) if stream_width(plan) == 2 else 0))
@@ -241,8 +241,8 @@ def phase_bytes(plan: Plan, policy_weights: float) -> dict[str, float]:
 def update_bytes(plan: Plan, scored: int) -> float:
     """One micro-batch of the policy, from the end of its forward through backward.
 
-    Kept by every layer: all of `saved_bytes_per_token`, or under gradient checkpointing the layer's input alone; backward
-    then makes one layer's tensors again. The value model's turn comes after the policy's and needs no logits.
+    Kept by every layer: all of `saved_bytes_per_token`, or under gradient checkpointing the layer's input alone;
+    backward then makes one layer's tensors again. The value model's turn comes after the policy's and needs no logits.
     """
     shape, tokens = plan.shape, plan.token_budget
     layer = tokens * saved_bytes_per_token(plan) + cast_weight_bytes(plan)

@@ -43,10 +43,12 @@ def forward_flops(plan: Plan, context: float, head: bool) -> float:
 
 
 def pass_flops(plan: Plan, work: Work, head: bool) -> float:
-    """A forward over all of this process's tokens, a prompt once for its responses; the head at response tokens only."""
+    """A forward over this process's tokens, a prompt once for its responses; the head at response tokens only."""
     tokens = tokens_per_response(plan, work)
     share = work.mean_response / tokens
-    one = forward_flops(plan, (work.mean_prompt + work.mean_response) / 2, False) + (2 * plan.shape.head_parameters * share if head else 0)
+    one = forward_flops(plan, (work.mean_prompt + work.mean_response) / 2, False) + (
+        2 * plan.shape.head_parameters * share if head else 0
+    )
     return plan.responses * tokens * one
 
 
@@ -79,9 +81,7 @@ def decode_seconds(plan: Plan, work: Work, device: Device) -> float:
     context = work.mean_prompt + work.mean_response / 2
     read = weight_bytes_read(plan) + rows * context * plan.shape.kv_bytes(stream_width(plan))
     computed = rows * forward_flops(plan, context, True)
-    step = max(
-        read / (device.bandwidth * device.bandwidth_utilisation), computed / (device.flops * device.utilisation)
-    )
+    step = max(read / (device.bandwidth * device.bandwidth_utilisation), computed / (device.flops * device.utilisation))
     if plan.shards > 1 and plan.gather_layers:
         step += gather_seconds(plan, device)
     return steps * step
@@ -95,11 +95,13 @@ def gather_seconds(plan: Plan, device: Device) -> float:
 
 
 def iteration_seconds(plan: Plan, work: Work, device: Device) -> dict[str, float]:
-    """Seconds by phase. Sharded weights are gathered for each micro-batch's forward and backward, and once to sample."""
+    """Seconds by phase. Sharded weights are gathered for each micro-batch's forward and backward, once to sample."""
     speed = device.flops * device.utilisation
     micro_batches = -(-plan.responses * tokens_per_response(plan, work) // plan.token_budget)
     gather = gather_seconds(plan, device)
-    prefill = plan.responses / plan.per_prompt * work.mean_prompt * forward_flops(plan, work.mean_prompt / 2, False) / speed
+    prefill = (
+        plan.responses / plan.per_prompt * work.mean_prompt * forward_flops(plan, work.mean_prompt / 2, False) / speed
+    )
     once = 0.0 if plan.gather_layers else gather
     models = 1 if work.one_trunk else 2
     passes = 2 + plan.checkpointing  # gathers of a micro-batch's update: forward, backward, recomputation

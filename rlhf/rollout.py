@@ -72,7 +72,8 @@ def collect(
     with roles.base_gathered():
         with roles.policy.whole() as policy:
             batch = sample(policy, [prompt.ids for prompt in prompts], k, settings, stop_ids=chat_format.stop_ids,
-                           pad_id=pad_id, seed=seeds, max_rows=1024)  # fmt: skip
+                           pad_id=pad_id, seed=seeds, max_rows=1024,
+                           token_budget=ppo.sampling_token_budget)  # fmt: skip
         prompts = [prompt for prompt in prompts for _ in range(k)]
         responses = batch.response_ids
         sequences = Sequences.build([p.ids for p in prompts], responses, device, k, roles.take_trees)
