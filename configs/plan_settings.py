@@ -52,7 +52,10 @@ class PlanSettings:
         default="whole", metadata={"help": "sharded weights when sampling: all at once, or layer by layer at each step"}
     )
     judges: int = field(default=0, metadata={"help": "held-out judges loaded beside the reward models"})
-    adapter_rank: int = field(default=64, metadata={"help": "LoRA rank of adapter folders that are not there yet"})
+    adapter_rank: int | None = field(
+        default=None,
+        metadata={"help": "LoRA rank of adapter folders that are not there yet; none: lora_r, with adapter_path 64"},
+    )
     mean_prompt_tokens: float | None = field(
         default=None, metadata={"help": "for the time; none: half of max_prompt_tokens"}
     )
@@ -65,8 +68,9 @@ class PlanSettings:
 
     def __post_init__(self) -> None:
         for name in ("gpus", "gpus_per_node", "adapter_rank"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} must be at least 1, not {getattr(self, name)}")
+            given = getattr(self, name)
+            if given is not None and given < 1:
+                raise UserError(f"{name} must be at least 1, not {given}")
         if self.judges < 0:
             raise UserError(f"judges must not be negative, not {self.judges}")
         rates = ("gpu_memory_gib", "gpu_tflops", "gpu_bandwidth_gb_s", "link_gb_s", "network_gb_s",

@@ -46,9 +46,7 @@ class PPOSettings:
     )
     sampling_token_budget: int = field(
         default=32_768,
-        metadata={
-            "help": "Tokens that the sampler's cache holds, prompts and responses of all rows; fewer: less memory."
-        },
+        metadata={"help": "Prompt and response tokens that the sampler's cache holds; fewer: less memory."},
     )
     learning_rate: float = field(default=1e-6, metadata={"help": "Constant learning rate of the policy."})
     value_learning_rate: float = field(default=9e-6, metadata={"help": "Constant learning rate of the value model."})

@@ -52,7 +52,8 @@ def plan_of(ppo: PPOSettings, model: ModelSettings, settings: PlanSettings, shap
         raise UserError(f"batch_size {ppo.batch_size} is not a multiple of {gpus} processes")
     rank = model.lora_r
     if model.use_peft and model.adapter_path:
-        rank = adapter_rank(model.adapter_path, settings.adapter_rank) or settings.adapter_rank
+        otherwise = unknown_rank(model, settings)
+        rank = adapter_rank(model.adapter_path, otherwise) or otherwise
     auto = 4 if on_cpu else 2
     frozen = {"auto": auto, "float32": 4, "bfloat16": 2}[model.dtype]
     return Plan(
@@ -67,6 +68,11 @@ def plan_of(ppo: PPOSettings, model: ModelSettings, settings: PlanSettings, shap
     )  # fmt: skip
 
 
+def unknown_rank(model: ModelSettings, settings: PlanSettings) -> int:
+    """The rank of adapters that nobody has trained yet; under adapter_path no setting says it."""
+    return settings.adapter_rank or (64 if model.adapter_path else model.lora_r)
+
+
 def adapter_rank(path: str, otherwise: int) -> int | None:
     """The rank of the adapter folder `path`, `otherwise` where it is not there yet; None: a model of its own."""
     config = Path(path, "adapter_config.json")
@@ -78,7 +84,7 @@ def adapter_rank(path: str, otherwise: int) -> int | None:
 def roles_of(ppo: PPOSettings, model: ModelSettings, settings: PlanSettings, plan: Plan) -> list[Role]:
     """Every model that a process holds, as rlhf/load_roles.py makes them: under LoRA, adapter folders on one base."""
     start = ppo.sft_model_path if ppo.reference_model == "sft" else model.adapter_path
-    unknown = settings.adapter_rank
+    unknown = unknown_rank(model, settings)
     reference = "off" if not start else "model" if adapter_rank(start, unknown) is None else "adapter"
     paths = {"helpfulness reward": ppo.helpfulness_model_path, "safety reward": ppo.safety_model_path}
     ranks = {name: adapter_rank(path, unknown) if plan.lora else None for name, path in paths.items()}

@@ -184,7 +184,7 @@ def head_work_bytes(plan: Plan, tokens: int, backward: bool) -> float:
     """Logits of one chunk of `tokens` response tokens (rlhf/losses.py) with what is made from them.
 
     Forward: the logits and two more of their size for the entropy. Backward of a chunk: the logits, the gradient
-    through the log-sum-exp and the one through the pick, and their sum, four in all. A bfloat16 head has its own product.
+    through the log-sum-exp and the one through the pick, and their sum, four in all. A bfloat16 head adds its product.
     """
     elements = min(CHUNK_ELEMENTS, tokens * plan.shape.vocabulary)
     return elements * (4.0 * (4 if backward else 3) + (stream_width(plan) if stream_width(plan) == 2 else 0))
