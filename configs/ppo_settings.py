@@ -48,6 +48,10 @@ class PPOSettings:
     token_budget: int = field(
         default=0, metadata={"help": "Tokens of a micro-batch, padding included; 0: 8192 on a GPU, 768 on a CPU."}
     )
+    sampling_token_budget: int = field(
+        default=32_768,
+        metadata={"help": "Prompt and response tokens that the sampler's cache holds; fewer: less memory."},
+    )
     learning_rate: float = field(default=1e-6, metadata={"help": "Constant learning rate of the policy."})
     value_learning_rate: float = field(default=9e-6, metadata={"help": "Constant learning rate of the value model."})
     weight_decay: float = field(default=0.1, metadata={"help": "AdamW weight decay, of matrices only."})
@@ -152,6 +156,8 @@ class PPOSettings:
             raise UserError(f"max_reject_share must be in [0, 1), not {self.max_reject_share}")
         if self.token_budget < 0:
             raise UserError(f"token_budget: {self.token_budget} tokens; 0 takes what suits the device")
+        if self.sampling_token_budget < 1:
+            raise UserError(f"sampling_token_budget: {self.sampling_token_budget} tokens hold no response; give more")
         if self.temperature <= 0:
             raise UserError(f"temperature: {self.temperature} gives no distribution to train")
         if self.save_best and not self.eval_prompt_file:

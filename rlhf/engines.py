@@ -130,6 +130,7 @@ def sample_live(
     chat: ChatFormat,
     pad_id: int,
     seeds: Sequence[int],
+    token_budget: int,
 ) -> SampleBatch:
     """k responses a prompt from a policy in training, its adapter included, by the engine `name`.
 
@@ -148,7 +149,8 @@ def sample_live(
         finally:
             config._attn_implementation = attention
     ids = [prompt.ids for prompt in prompts]
-    return sample(policy, ids, k, settings, stop_ids=chat.stop_ids, pad_id=pad_id, seed=seeds, max_rows=1024)
+    return sample(policy, ids, k, settings, stop_ids=chat.stop_ids, pad_id=pad_id, seed=seeds, max_rows=1024,
+                  token_budget=token_budget)  # fmt: skip
 
 
 def load_engine(

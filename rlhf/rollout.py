@@ -82,7 +82,17 @@ def collect(
     with roles.base_gathered():
         with roles.policy.whole() as policy:
             batch = require_exact_ids(
-                sample_live(ppo.sampling_engine, policy, prompts, k, settings, chat_format, pad_id, seeds)
+                sample_live(
+                    ppo.sampling_engine,
+                    policy,
+                    prompts,
+                    k,
+                    settings,
+                    chat_format,
+                    pad_id,
+                    seeds,
+                    ppo.sampling_token_budget,
+                )
             )
         prompts = [prompt for prompt in prompts for _ in range(k)]
         responses = batch.response_ids

@@ -17,6 +17,7 @@ from peft import PeftModel
 from tiny_models import save_tiny_policy, save_tiny_reward_model, tiny_tokenizer
 
 from configs.chat import load_chat_format
+from configs.model_settings import ModelSettings
 from configs.rounds_settings import RoundsSettings
 from reward.model import add_lora, create_reward_model, load_reward_model
 from rlhf import cli, scaling_study
@@ -37,6 +38,7 @@ REWARD_MODELS = (
     "safety_reward_model",
 )
 
+ADAPTER = (64, 128)  # rank and scale of the adapters that stand in for a config's
 by_name = pytest.mark.parametrize("path", RUNS, ids=lambda path: path.stem)
 
 
@@ -66,14 +68,29 @@ def parse(run: str, path: Path, *flags: str) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory) -> dict[str, str]:
     root = tmp_path_factory.mktemp("models")
-    return {"policy": save_tiny_policy(root / "policy"), "reward": save_tiny_reward_model(root / "reward", seed=1)}
+    base = save_tiny_policy(root / "policy")
+    adapted = load_policy(
+        ModelSettings(model_name_or_path=base, use_peft=True, lora_r=ADAPTER[0], lora_alpha=ADAPTER[1])
+    )
+    adapted.save_pretrained(root / "adapter")
+    scorer = add_lora(create_reward_model(base, tiny_tokenizer(), torch.float32), *ADAPTER, 0.0, None)
+    scorer.save_pretrained(root / "reward_adapter")  # type: ignore[operator]
+    paths = {name: str(root / name) for name in ("adapter", "reward_adapter")}
+    return {"policy": base, "reward": save_tiny_reward_model(root / "reward", seed=1), **paths}
 
 
 def with_tiny_models(path: Path, tiny: dict[str, str]) -> list[str]:
     """Flags that put a tiny folder in for every model that the config names."""
     given = yaml.safe_load(path.read_text())
     flags = [word for name in POLICIES if given.get(name) for word in (f"--{name}", tiny["policy"])]
-    return flags + [word for name in REWARD_MODELS if given.get(name) for word in (f"--{name}", tiny["reward"])]
+    if given.get("adapter_path"):
+        flags += ["--adapter_path", tiny["adapter"]]
+    if given.get("load_in_4bit"):
+        flags += ["--load_in_4bit", "false"]  # test_four_bits.py has these
+    for name in REWARD_MODELS:
+        if path_given := given.get(name):
+            flags += [f"--{name}", tiny["reward_adapter" if path_given.endswith("/adapter") else "reward"]]
+    return flags
 
 
 @by_name
@@ -92,24 +109,29 @@ def test_the_models_of_every_config_load(path, tiny):
     trained: list[Any] = []
     if run == "ppo":
         roles = load_roles(settings["PPOSettings"], settings["ModelSettings"], tokenizer, "cpu", 0)
-        trained += [roles.policy.model, roles.value.adapters.model]
-        assert roles.reference.model is roles.policy.model  # with LoRA and `start`: its adapter switched off
-        assert roles.reference.adapter is None
+        base = roles.policy.adapters.model
+        trained.append(base)
+        every = [roles.policy, roles.reference, roles.value, *roles.reward_models.values()]
+        assert all(role.adapters.model is base for role in every)  # five roles on one base
+        # `start`: a copy of the adapter that the policy starts from, or the base alone
+        assert roles.reference.adapter == ("reference" if settings["adapter_path"] else None)
     elif run == "train_reward":
         model_settings = settings["ModelSettings"]
         dtype = resolve_dtype(model_settings, trainable=True)
         model: Any = create_reward_model(model_settings.model_name_or_path, tokenizer, dtype)
         if model_settings.use_peft:
             lora = model_settings
-            model = add_lora(model, lora.lora_r, lora.lora_alpha, lora.lora_dropout, lora.lora_target_modules)
+            sizes = ADAPTER if lora.adapter_path else (lora.lora_r, lora.lora_alpha)
+            model = add_lora(model, *sizes, lora.lora_dropout, lora.lora_target_modules)
         trained.append(model)
     elif run == "sft":
         trained.append(load_policy(settings["ModelSettings"]))
     for model in trained:
         assert isinstance(model, PeftModel) == settings["use_peft"]
         if settings["use_peft"]:
-            (lora_config,) = model.peft_config.values()
-            assert (lora_config.r, lora_config.lora_alpha) == (settings["lora_r"], settings["lora_alpha"])
+            lora_config = model.peft_config["default"]
+            given = ADAPTER if settings["adapter_path"] else (settings["lora_r"], settings["lora_alpha"])
+            assert (lora_config.r, lora_config.lora_alpha) == given
             adapted = {
                 name.split(".lora_A.")[0].split(".")[-1]
                 for name, p in model.named_parameters()
@@ -117,8 +139,6 @@ def test_the_models_of_every_config_load(path, tiny):
             }
             assert adapted == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
     if not trained:
-        from configs.model_settings import ModelSettings
-
         names = [f.name for f in dataclasses.fields(ModelSettings) if f.name in settings]
         frozen = load_policy(ModelSettings(**{name: settings[name] for name in names}), trainable=False)
         expected = torch.bfloat16 if settings["dtype"] == "bfloat16" else torch.float32
@@ -139,6 +159,7 @@ def test_llama2_has_a_config_for_every_stage():
             "explore_sampling",
             "rejection_sampling",
             "ppo",
+            "ppo",  # on a 24 GB GPU
             "build_gatt",
             "evaluate_gatt",
             "evaluate_policy",
@@ -168,7 +189,7 @@ PAPER = {  # §2.2 (AdamW), §3.1, §3.2.2, §3.2.3, §3.3
             "packing": True, "use_peft": True, **ADAMW},
     "train_reward": {"min_lr_rate": 0.1, "warmup_ratio": 0.03, "min_warmup_steps": 5,
                      "num_train_epochs": 1, "use_peft": True, **ADAMW},
-    "ppo": {"learning_rate": 1e-6, "batch_size": 512, "mini_batch_size": 64, "ppo_epochs": 1, "kl_coef": 0.01,
+    "ppo": {"learning_rate": 1e-6, "batch_size": 512, "mini_batch_size": 64, "ppo_epochs": 1,
             "clip_range": 0.2, "safety_threshold": 0.15, "temperature": 1.0, "reference_model": "start",
             "use_peft": True, **ADAMW},
     "rejection_sampling": {"safety_threshold": 0.15},
@@ -195,6 +216,7 @@ def test_llama2_configs_have_the_numbers_of_the_paper(path):
     has_the_numbers_of_the_paper(run, settings)
     if run == "ppo":
         assert 200 <= settings["total_iterations"] <= 400
+        assert settings["kl_coef"] == (0.005 if "_70b_" in path.name else 0.01)
     if run == "train_reward":
         assert settings["learning_rate"] == (5e-6 if "_70b_" in path.name else 1e-5)
         assert settings["load_in_4bit"] == ("_70b_" in path.name)
