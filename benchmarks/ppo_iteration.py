@@ -15,8 +15,10 @@ each with full fine-tuning and with LoRA; mean length with natural ends: 22 of a
 checked on the responses of a trl iteration: log-probs, reference log-probs, values, scores, and with fixed lengths also
 advantages, the value loss and the gradient step. (With other lengths trl puts the reward one index after EOS, so its
 advantages are other numbers; trl does not clip gradients, so neither does ours in the check.) Then sides run strictly
-in turn, each round in fresh processes. Figures are medians of wall seconds over all iterations but the first of a
-process; memory is the peak of a process above what it held with all libraries loaded.
+in turn, each round in fresh processes. Figures are medians of processor seconds over all iterations but the first of a
+process (other work on the machine hardly touches them; wall seconds are in the last line too); memory is the peak of a process above what it held with all libraries loaded.
+
+`--bf16` is given to both sides: trl accepts it and computes in float32 all the same. The check is always in float32.
 
 The last line is one JSON object: by mode `ratio` of the episodes/s, `memory_ratio`, both sides' figures and the time split.
 """
@@ -75,7 +77,8 @@ class Ours:
         self.ppo = PPOSettings(
             helpfulness_model_path=task.model("helpfulness"), safety_model_path=task.model("safety"),
             max_new_tokens=task.max_new_tokens, batch_size=batch, mini_batch_size=batch, ppo_epochs=task.epochs,
-            token_budget=token_budget(0, self.accelerator.device), learning_rate=task.learning_rate,
+            bf16=task.bf16,
+            token_budget=token_budget(task.token_budget, self.accelerator.device), learning_rate=task.learning_rate,
             value_learning_rate=task.learning_rate, weight_decay=task.weight_decay, kl_coef=task.kl_coef, **options,
         )  # fmt: skip
         lora = {"use_peft": True, "lora_r": LORA["r"], "lora_alpha": LORA["alpha"]} if task.lora else {}
@@ -110,7 +113,9 @@ class Ours:
         return figures
 
     @torch.no_grad()
-    def known(self, prompts: Sequence[list[int]], responses: Sequence[list[int]]) -> tuple[Sequences, dict[str, Tensor]]:
+    def known(
+        self, prompts: Sequence[list[int]], responses: Sequence[list[int]]
+    ) -> tuple[Sequences, dict[str, Tensor]]:
         """What ours computes of given responses before the update, under the names of the peer's record."""
         sequences = Sequences.build(prompts, responses, self.accelerator.device)
         rows = sequences.micro_batches(range(len(prompts)), self.ppo.token_budget)
@@ -133,7 +138,7 @@ def check_equal(task: Task, environment: Path) -> dict[str, float]:
     """
     with tempfile.TemporaryDirectory() as scratch:
         record = str(Path(scratch, "record.safetensors"))
-        task = replace(task, iterations=0, epochs=1, learning_rate=1e-4, weight_decay=0.0, record=record)
+        task = replace(task, iterations=0, epochs=1, bf16=False, learning_rate=1e-4, weight_decay=0.0, record=record)
         run_child("peer", task, environment)
         theirs = load_file(record)
     ours = Ours(task, max_grad_norm=1e9)
@@ -225,14 +230,16 @@ def run_ours(path: str) -> None:
 def summary(found: list[dict[str, Any]], batch: int) -> dict[str, Any]:
     """Medians over the iterations of all rounds of one side in one mode."""
     runs = [run for each in found for run in each["runs"]]
-    seconds = {name: median(run[name] for run in runs) for name in runs[0] if name not in ("tokens", "width")}
+    timed = [name for name in runs[0] if name not in ("tokens", "width", "wall", "cpu")]
+    # Phases are clocked in wall seconds; an iteration's processor seconds are theirs in the same proportions.
+    seconds = {name: median(run[name] * run["cpu"] / run["wall"] for run in runs) for name in timed}
     return {
-        "episodes_per_second": batch / seconds["wall"],
-        "episodes_per_cpu_second": batch / seconds["cpu"],
+        "episodes_per_second": batch / median(run["cpu"] for run in runs),
+        "episodes_per_wall_second": batch / median(run["wall"] for run in runs),
         "peak_mib": median(each["peak_mib"] for each in found),
         "response_tokens": sum(run["tokens"] for run in runs) / len(runs) / batch,
         "seconds": seconds,
-        "rounds": [batch / median(run["wall"] for run in each["runs"]) for each in found],
+        "rounds": [batch / median(run["cpu"] for run in each["runs"]) for each in found],
     }
 
 
@@ -255,7 +262,7 @@ def main(arguments: argparse.Namespace) -> None:
                 data.add(source)
                 task = Task(
                     folder, prompts, lengths, kind == "lora", arguments.epochs, arguments.iterations, arguments.tokens,
-                    seed=round_,
+                    seed=round_, bf16=arguments.bf16, token_budget=arguments.token_budget,
                 )  # fmt: skip
                 if round_ == 0:
                     checks[mode] = check_equal(task, environment)
@@ -285,7 +292,7 @@ def main(arguments: argparse.Namespace) -> None:
             for mode, sides in results.items()
         },
         "epochs": arguments.epochs, "batch": arguments.batch, "tokens": arguments.tokens, "rounds": arguments.rounds,
-        "iterations": arguments.iterations, "peer_micro_batch": arguments.peer_micro_batch, "trl": TRL,
+        "iterations": arguments.iterations, "peer_micro_batch": arguments.peer_micro_batch, "bf16": arguments.bf16, "token_budget": arguments.token_budget, "trl": TRL,
         "prompts": sorted(data),
     }))  # fmt: skip
 
@@ -300,6 +307,8 @@ if __name__ == "__main__":
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--tokens", type=int, default=64, help="of a prompt, and the most of a response")
     parser.add_argument("--peer_micro_batch", type=int, default=0, help="rows of trl's training forward; 0: all")
+    parser.add_argument("--bf16", action="store_true", help="on both sides; trl ignores it")
+    parser.add_argument("--token_budget", type=int, default=0, help="of our micro-batches; 0: the default")
     parser.add_argument("--only", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.only:

@@ -43,6 +43,8 @@ class Task:
     learning_rate: float = 1e-6
     kl_coef: float = 0.01
     weight_decay: float = 0.1
+    bf16: bool = False  # trl takes the same option and leaves it without effect
+    token_budget: int = 0  # of our micro-batches; 0: the default
     record: str = ""  # file for what the first iteration computed
 
     def save(self, path: Path) -> Path:
@@ -94,7 +96,7 @@ def set_ends(policy: LlamaForCausalLM, end: float) -> None:
         layer.self_attn.o_proj.weight[0] = 0.0
         layer.mlp.down_proj.weight[0] = 0.0
     policy.lm_head.weight[[EOS, PAD]] = 0.0
-    hidden_TD = policy.model(torch.randint(4, VOCABULARY, (1, 64))).last_hidden_state[0]
+    hidden_TD = policy.model(torch.randint(4, VOCABULARY, (8, 64))).last_hidden_state[:, 16:].flatten(0, 1)
     others_T = (hidden_TD @ policy.lm_head.weight[4:].T).logsumexp(1)
     channel = float(hidden_TD[:, 0].mean())
     wanted = math.log(end / (1 - end)) + float(others_T.mean()) if end else NEVER

@@ -155,7 +155,7 @@ def trainer_of(task: Task, clock: Clock, micro_batch: int, scratch: str) -> PPOT
     rewards = BothRewardModels(helpfulness, safety).eval().requires_grad_(False)
     batch = len(task.prompts)
     arguments = PPOConfig(
-        output_dir=scratch, use_cpu=True, bf16=False, report_to="none", save_strategy="no", disable_tqdm=True,
+        output_dir=scratch, use_cpu=True, bf16=task.bf16, report_to="none", save_strategy="no", disable_tqdm=True,
         dataloader_pin_memory=False, seed=task.seed, num_sample_generations=0, logging_steps=1,
         per_device_train_batch_size=micro_batch, gradient_accumulation_steps=batch // micro_batch, num_mini_batches=1,
         local_rollout_forward_batch_size=batch, total_episodes=batch * (task.iterations + 1),
