@@ -16,11 +16,12 @@ checked on the responses of a trl iteration: log-probs, reference log-probs, val
 advantages, the value loss and the gradient step. (With other lengths trl puts the reward one index after EOS, so its
 advantages are other numbers; trl does not clip gradients, so neither does ours in the check.) Then sides run strictly
 in turn, each round in fresh processes. Figures are medians of processor seconds over all iterations but the first of a
-process (other work on the machine hardly touches them; wall seconds are in the last line too); memory is the peak of a process above what it held with all libraries loaded.
+process: other work on the machine hardly touches them. Memory is the peak of a process above what it held with all
+libraries loaded.
 
 `--bf16` is given to both sides: trl accepts it and computes in float32 all the same. The check is always in float32.
-
-The last line is one JSON object: by mode `ratio` of the episodes/s, `memory_ratio`, both sides' figures and the time split.
+The last line is one JSON object: by mode `ratio` of the episodes/s, `memory_ratio`, both sides' figures and the split
+of their time.
 """
 
 import argparse
@@ -269,9 +270,9 @@ def main(arguments: argparse.Namespace) -> None:
                     print(f"{mode}: same to", {name: f"{value:.0e}" for name, value in checks[mode].items()})
                 for side in found[mode]:
                     found[mode][side].append(run_child(side, task, environment, arguments.peer_micro_batch))
-                rates = {side: summary(each[-1:], len(prompts)) for side, each in found[mode].items()}
-                print(f"round {round_ + 1}, {mode}, episodes/s:",
-                      {side: round(each["episodes_per_second"], 2) for side, each in rates.items()}, flush=True)  # fmt: skip
+                latest = {side: summary(each[-1:], len(prompts)) for side, each in found[mode].items()}
+                rates = {side: round(each["episodes_per_second"], 2) for side, each in latest.items()}
+                print(f"round {round_ + 1}, {mode}, episodes/s:", rates, flush=True)
     results = {
         mode: {side: summary(each, arguments.batch) for side, each in sides.items()} for mode, sides in found.items()
     }
@@ -291,9 +292,9 @@ def main(arguments: argparse.Namespace) -> None:
             }
             for mode, sides in results.items()
         },
-        "epochs": arguments.epochs, "batch": arguments.batch, "tokens": arguments.tokens, "rounds": arguments.rounds,
-        "iterations": arguments.iterations, "peer_micro_batch": arguments.peer_micro_batch, "bf16": arguments.bf16, "token_budget": arguments.token_budget, "trl": TRL,
-        "prompts": sorted(data),
+        **{name: getattr(arguments, name) for name in ("epochs", "batch", "tokens", "rounds", "iterations", "bf16",
+                                                       "token_budget", "peer_micro_batch")},
+        "trl": TRL, "prompts": sorted(data),
     }))  # fmt: skip
 
 

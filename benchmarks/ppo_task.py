@@ -105,7 +105,7 @@ def set_ends(policy: LlamaForCausalLM, end: float) -> None:
 
 
 def draw_prompts(count: int, tokens: int, lengths: str, longest: int, seed: int) -> tuple[list[list[int]], str]:
-    """(prompts, what they are): `natural` takes those of HH-RLHF of at most `longest` tokens, else `tokens` drawn ids."""
+    """(prompts, what they are): for `natural` those of HH-RLHF of at most `longest` tokens, else `tokens` drawn ids."""
     if lengths == "natural":
         pairs, data = hh_pairs(4 * count, seed)
         prompts = [p.chosen_ids[: shared_tokens((p.chosen_ids, p.rejected_ids))].tolist() for p in pairs]

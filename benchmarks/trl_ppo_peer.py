@@ -2,7 +2,7 @@
 
     PYTHONPATH=<folder with trl 1.12> python benchmarks/trl_ppo_peer.py <task.json> [--micro_batch 32]
 
-Run by benchmarks/ppo_iteration.py, which installs that release into a folder of its own. The last line is one JSON object.
+Run by benchmarks/ppo_iteration.py, which gets that release into a folder of its own. The last line is one JSON object.
 """
 
 import argparse
