@@ -57,8 +57,9 @@ from reward.combine import combined_reward
 from rlhf.advantages import gae, masked_whiten, per_token_kl, place_rewards
 from rlhf.draw import sample_seeds
 from rlhf.hardware import token_budget
+from rlhf.load_roles import load_roles
 from rlhf.models import load_tokenizer
-from rlhf.roles import Sequences, load_roles, unwrap
+from rlhf.sequences import Sequences
 from rlhf.rollout import Rollout, advantages_and_returns, collect
 from rlhf.samples import Prompt
 from rlhf.update import make_optimizer, update
@@ -166,8 +167,8 @@ def check_equal(task: Task, environment: Path) -> dict[str, float]:
         figures = ours.update(_rollout(prompts, responses, sequences, found), white_BR, returns_BR)
         differences["value_loss"] = abs(figures["loss/value"] / float(theirs["value_loss"]) - 1)
         if not task.lora:
-            start = dict(unwrap(Ours(task).roles.policy).named_parameters())
-            end = dict(unwrap(ours.roles.policy).named_parameters())
+            start = Ours(task).roles.policy.trained
+            end = ours.roles.policy.trained
             moved = [
                 torch.cat([(each[name] - start[name]).detach().flatten().double() for name in sorted(start)])
                 for each in (end, {name: theirs[f"policy.{name}"] for name in start})

@@ -95,11 +95,11 @@ def test_ppo_iteration_scores_recorded_responses_as_plain_transformers(ppo_model
 
 def test_ppo_iteration_of_ours_says_where_its_time_went(ppo_models):
     ours = ppo_iteration.Ours(small_task(ppo_models, "fixed"))
-    before = ours.roles.policy.lm_head.weight.clone()
+    before = ours.roles.policy.model.lm_head.weight.clone()
     found = ours.iterate(0)
     assert found["tokens"] == 4 * 12
     assert sum(found[phase] for phase in ppo_iteration.PHASES) == pytest.approx(found["wall"])
-    assert not torch.equal(before, ours.roles.policy.lm_head.weight)
+    assert not torch.equal(before, ours.roles.policy.model.lm_head.weight)
 
 
 @pytest.mark.slow
