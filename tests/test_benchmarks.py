@@ -6,7 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-from benchmarks import hh_pairs, reward_training
+import pytest
+import torch
+from transformers import LlamaForCausalLM, LlamaForSequenceClassification
+
+from benchmarks import hh_pairs, ppo_iteration, ppo_task, reward_training
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -42,3 +46,68 @@ def test_best_of_k_samples_what_generate_samples(tmp_path):
     assert (found["data"], found["prompts"], found["k"]) == ("generated", 4, 2)
     assert found["fed"]["peer_prompt"] > 2 * found["fed"]["ours_prompt"] * 0.99
     assert found["memory_mib"]["ours"] > 0
+
+
+@pytest.fixture(scope="module")
+def ppo_models(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ppo_models")
+    ppo_task.save_models(folder, hidden_size=32, intermediate_size=48, layers=2)
+    return str(folder)
+
+
+def small_task(folder, lengths, **fields):
+    prompts, _ = ppo_task.draw_prompts(4, 8, lengths, 64, seed=0)
+    shape = {"lora": False, "epochs": 1, "iterations": 0, "max_new_tokens": 12, "seed": 0}
+    return ppo_task.Task(folder, prompts, lengths, **(shape | fields))
+
+
+@pytest.mark.parametrize(("lengths", "end"), [("fixed", 0.0), ("natural", ppo_task.END)])
+def test_ppo_iteration_policies_end_with_the_probability_that_is_said(ppo_models, lengths, end):
+    policy = LlamaForCausalLM.from_pretrained(small_task(ppo_models, lengths).model("policy"))
+    ids = torch.randint(4, ppo_task.VOCABULARY, (4, 64), generator=torch.Generator().manual_seed(9))
+    with torch.no_grad():
+        found = policy(ids).logits[:, 16:].softmax(-1).mean((0, 1))
+    assert found[ppo_task.EOS] == pytest.approx(end, rel=0.1, abs=1e-20)
+    assert found[ppo_task.PAD] < 1e-20
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_ppo_iteration_scores_recorded_responses_as_plain_transformers(ppo_models, lora):
+    """What the check compares with trl: full logits, one dialogue at a time."""
+    task = small_task(ppo_models, "natural responses", lora=lora)
+    responses = [[7, 8, ppo_task.EOS], [9], [10, 11, 12, 13], [14, ppo_task.EOS]]
+    _, found = ppo_iteration.Ours(task).known(task.prompts, responses)
+    policy = LlamaForCausalLM.from_pretrained(task.model("policy"))
+    models = {n: LlamaForSequenceClassification.from_pretrained(task.model(n)) for n in ("helpfulness", "safety")}
+    for b, (prompt, response) in enumerate(zip(task.prompts, responses, strict=True)):
+        ids, own = torch.tensor([prompt + response]), slice(len(prompt) - 1, -1)
+        with torch.no_grad():
+            logprobs = policy(ids).logits[0, own].log_softmax(-1)[range(len(response)), response]
+            r_h, r_s = (models[name](ids).logits[0, 0] for name in ("helpfulness", "safety"))
+            hidden = models["helpfulness"].model(ids).last_hidden_state[0, own]
+            values = models["helpfulness"].score(hidden)[:, 0]
+        score = r_s if torch.sigmoid(r_s) < 0.15 else r_h
+        torch.testing.assert_close(found["logprobs"][b, : len(response)], logprobs, atol=1e-5, rtol=0)
+        torch.testing.assert_close(found["reference"][b, : len(response)], logprobs, atol=1e-5, rtol=0)
+        torch.testing.assert_close(found["values"][b, : len(response)], values, atol=1e-5, rtol=0)
+        torch.testing.assert_close(found["scores"][b], score, atol=1e-5, rtol=0)
+
+
+def test_ppo_iteration_of_ours_says_where_its_time_went(ppo_models):
+    ours = ppo_iteration.Ours(small_task(ppo_models, "fixed"))
+    before = ours.roles.policy.model.lm_head.weight.clone()
+    found = ours.iterate(0)
+    assert found["tokens"] == 4 * 12
+    assert sum(found[phase] for phase in ppo_iteration.PHASES) == pytest.approx(found["wall"])
+    assert not torch.equal(before, ours.roles.policy.model.lm_head.weight)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lengths", ["fixed", "natural"])
+def test_ppo_iteration_computes_what_trl_computes(ppo_models, tmp_path, monkeypatch, lengths):
+    environment = ROOT / "runs" / "trl-1.12"
+    if not environment.exists():
+        pytest.skip("benchmarks/ppo_iteration.py has not set up trl 1.12 here")
+    monkeypatch.setattr(hh_pairs, "KIT", tmp_path / "none")
+    found = ppo_iteration.check_equal(small_task(ppo_models, lengths), environment)  # raises where they differ
+    assert ("advantages" in found) == (lengths == "fixed")
