@@ -28,6 +28,7 @@ from rlhf.load_roles import load_roles
 from rlhf.prompts import prompts_of
 from rlhf.rollout import advantages_and_returns, collect
 from rlhf.samples import Prompt
+from rlhf.scoring import Scoring
 from rlhf.sequences import Sequences
 from rlhf.update import make_optimizer, update
 
@@ -117,7 +118,7 @@ def test_a_rollout_equals_plain_one_by_one_computation(paths, reference, lora):
             values = helpfulness.score(hidden)[first - 1 : first + length - 1, 0]
             r_h, r_s = helpfulness.score(hidden)[-1, 0], safety.score(safety.model(ids).last_hidden_state[0])[-1, 0]
         torch.testing.assert_close(rollout.values_BR[i, :length], values, atol=1e-4, rtol=1e-4)
-        assert rollout.r_helpfulness_B[i].item() == pytest.approx(r_h.item(), abs=1e-4)
+        assert rollout.raw["helpfulness"][i].item() == pytest.approx(r_h.item(), abs=1e-4)
         decides = prompt.is_safety or torch.sigmoid(r_s) < 0.15
         assert rollout.scores_B[i].item() == pytest.approx((r_s if decides else r_h).item(), abs=1e-4)
         assert bool(rollout.safety_decides_B[i]) == bool(decides)
@@ -434,8 +435,9 @@ def test_bf16_rounds_hidden_states_and_little_else(paths):
     assert mixed.policy.model.config._attn_implementation == FLOAT_ATTENTION
     one, two = roll(plain, settings), roll(mixed, replace(settings, bf16=True))
     assert one.responses == two.responses  # sampling is left alone
-    for name in ("logprobs_BR", "reference_logprobs_BR", "values_BR", "r_helpfulness_B", "r_safety_B"):
-        a, b = getattr(one, name), getattr(two, name)
+    tensors = [(getattr(one, name), getattr(two, name)) for name in ("logprobs_BR", "reference_logprobs_BR",
+                                                                     "values_BR")]  # fmt: skip
+    for a, b in [*tensors, *zip(one.raw.values(), two.raw.values(), strict=True)]:
         assert b.dtype == torch.float32
         assert 0 < (a - b).abs().max() < 0.05  # bfloat16 keeps 8 bits: 2**-8 of numbers of order one, a few times over
     advantages, returns = advantages_and_returns(two, settings, Accelerator(cpu=True))
@@ -496,7 +498,9 @@ def test_user_mistakes(paths, tmp_path):
     with pytest.raises(UserError, match="needs sft_model_path"):
         settings_for(paths, reference_model="sft")
     with pytest.raises(UserError, match="safety_model_path"):
-        load(paths, replace(settings_for(paths), safety_model_path=""))
+        Scoring(replace(settings_for(paths), safety_model_path=""))
+    with pytest.raises(UserError, match="value_model: helpfulness needs helpfulness_model_path"):
+        load(paths, replace(settings_for(paths), helpfulness_model_path=""))
     with pytest.raises(UserError, match="neither `sft` nor `start`"):
         settings_for(paths, reference_model="base")
     with pytest.raises(UserError, match="neither `simulated` nor `none`"):
