@@ -42,8 +42,8 @@ def fit(differences_PM: Tensor, l2: float = 1e-3) -> Tensor:
     """The weights [M], float64, that minimise the mean of log(1 + exp(-differences @ w)) + l2 / 2 * sum (s_m w_m)^2.
 
     s_m is the root mean square of model m's differences, so the penalty does not depend on the scale of its scores;
-    without any, pairs that the models order without fault would have no finite best weights. Newton's method with
-    step halving on a convex loss. ValueError where there is no pair or a difference is no number.
+    without any, pairs that the models order without fault would have no finite best weights. Newton's method, as the
+    loss is convex. ValueError where there is no pair or a difference is no number.
     """
     x_PM = differences_PM.double()
     if x_PM.ndim != 2 or not x_PM.numel() or not torch.isfinite(x_PM).all():
@@ -53,9 +53,6 @@ def fit(differences_PM: Tensor, l2: float = 1e-3) -> Tensor:
     x_PM = x_PM / scale_M
     ridge_MM = l2 * torch.eye(x_PM.shape[1], dtype=torch.float64)
 
-    def loss(v_M: Tensor) -> float:
-        return float(torch.nn.functional.softplus(-x_PM @ v_M).mean() + l2 / 2 * v_M @ v_M)
-
     v_M = torch.zeros(x_PM.shape[1], dtype=torch.float64)
     for _ in range(STEPS):
         wrong_P = torch.sigmoid(-x_PM @ v_M)  # P(rejected is preferred)
@@ -64,10 +61,7 @@ def fit(differences_PM: Tensor, l2: float = 1e-3) -> Tensor:
             break
         hessian_MM = (x_PM * (wrong_P * (1 - wrong_P))[:, None]).T @ x_PM / len(x_PM) + ridge_MM
         step_M = torch.linalg.lstsq(hessian_MM, gradient_M[:, None]).solution[:, 0]
-        length, before = 1.0, loss(v_M)
-        while loss(v_M - length * step_M) > before and length > 1e-9:  # far from the minimum a full step may overshoot
-            length /= 2
-        v_M = v_M - length * step_M
+        v_M = v_M - step_M
     return v_M / scale_M
 
 

@@ -15,7 +15,7 @@ def test_one_model_by_hand():
     differences = torch.tensor([[1.0], [1.0], [1.0], [-1.0]])
     assert fit(differences, l2=0.0).item() == pytest.approx(math.log(3), abs=1e-10)
     assert fit(100 * differences, l2=0.0).item() == pytest.approx(math.log(3) / 100, abs=1e-12)
-    # with l2 on w times the r.m.s. difference, here 1: the gradient 1/4 - 3/4 + sigmoid(w) + l2 w ... is zero
+    # with l2 on w times the r.m.s. difference, here 1: the derivative l2 w - 3/4 sigmoid(-w) + 1/4 sigmoid(w) is zero
     w = fit(differences, l2=0.5).item()
     assert 0.5 * w - 0.75 / (1 + math.exp(w)) + 0.25 / (1 + math.exp(-w)) == pytest.approx(0, abs=1e-12)
 
@@ -68,7 +68,7 @@ def test_fits_that_have_no_single_answer_of_their_own():
     torch.testing.assert_close(fit(torch.tensor([[1.0, 1.0], [3.0, 3.0], [-1.0, -1.0]])).diff().abs(),
                                torch.zeros(1).double(), atol=1e-9, rtol=0)  # fmt: skip  # the same model twice
     assert fit(torch.zeros(3, 2)).tolist() == [0.0, 0.0]  # models that see no difference
-    huge = fit(torch.tensor([[1000.0], [-3.0], [1000.0]]))  # a full Newton step would overshoot
+    huge = fit(torch.tensor([[1000.0], [-3.0], [1000.0]]))
     assert 0 < huge.item() < 1
     for bad in (torch.zeros(0, 2), torch.tensor([[math.nan]]), torch.tensor([1.0])):
         with pytest.raises(ValueError, match="must be finite"):

@@ -26,7 +26,7 @@ from rlhf import update as update_module
 from rlhf.hardware import FLOAT_ATTENTION, token_budget
 from rlhf.load_roles import load_roles
 from rlhf.prompts import prompts_of
-from rlhf.rollout import advantages_and_returns, collect
+from rlhf.rollout import advantages_and_returns, collect, rollout_from
 from rlhf.samples import Prompt
 from rlhf.scoring import Scoring
 from rlhf.sequences import Sequences
@@ -134,6 +134,29 @@ def test_recomputed_logprobs_are_the_samplers(paths):
     roles = load(paths, settings)
     sampled, recomputed = roll(roles, settings), roll(roles, replace(settings, recompute_logprobs=True))
     torch.testing.assert_close(sampled.logprobs_BR, recomputed.logprobs_BR, atol=1e-4, rtol=1e-4)
+
+
+def test_a_rollout_from_responses_that_exist_is_the_sampled_one(paths):
+    settings = settings_for(paths)
+    roles = load(paths, settings)
+    sampled = roll(roles, settings)
+    known = [row[: len(r)].tolist() for row, r in zip(sampled.logprobs_BR, sampled.responses, strict=True)]
+    given = (roles, sampled.prompts, sampled.responses, sampled.scores_B, settings, "cpu")
+    for logprobs, tolerance in ((known, 0.0), (None, 1e-4)):
+        made = rollout_from(*given, logprobs=logprobs)
+        torch.testing.assert_close(made.logprobs_BR, sampled.logprobs_BR, atol=tolerance, rtol=0)
+        for name in ("reference_logprobs_BR", "values_BR", "scores_B"):
+            assert torch.equal(getattr(made, name), getattr(sampled, name))
+        assert made.stopped_B.all()
+    shifted = rollout_from(*given, logprobs=[[x - 1 for x in row] for row in known])  # an older policy's
+    mask_BR = sampled.sequences.response_mask_BR
+    torch.testing.assert_close(shifted.logprobs_BR[mask_BR], sampled.logprobs_BR[mask_BR] - 1)
+    with pytest.raises(ValueError, match="16 prompts, 16 responses and 3 scores"):
+        rollout_from(*given[:3], sampled.scores_B[:3], *given[4:])
+    with pytest.raises(ValueError, match="one number for every token"):
+        rollout_from(*given, logprobs=[row[:-1] for row in known])
+    with pytest.raises(ValueError, match="without tokens"):
+        rollout_from(*given[:2], [[], *sampled.responses[1:]], *given[3:])
 
 
 def test_missing_eos_penalty_hits_cut_responses_only(paths):
