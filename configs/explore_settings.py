@@ -35,8 +35,6 @@ class ExploreSettings(RejectionSettings):
         },
     )
     prompt_files: list[str] = field(default_factory=list, metadata={"help": "prompt records, as for PPO"})
-    helpfulness_model_path: str = field(default="", metadata={"help": "folder of the helpfulness reward model"})
-    safety_model_path: str = field(default="", metadata={"help": "folder of the safety reward model"})
     temperature: float = field(init=False, default=1.0)  # each run's own
     min_score: float | None = field(init=False, default=None)  # leaves prompts out; the curves are over all
 
@@ -60,6 +58,9 @@ class ExploreSettings(RejectionSettings):
         if not 0.0 <= self.min_gain < float("inf"):
             raise UserError(f"min_gain must be 0 or more, not {self.min_gain}")
 
+    def check_reward_sources(self) -> None:
+        """Nothing yet: finished runs need no reward model. `check_source` checks where something is sampled."""
+
 
 @dataclass
 class ExploreModelSettings(ModelSettings):
@@ -69,7 +70,7 @@ class ExploreModelSettings(ModelSettings):
 
 
 ANALYSIS = ("from_runs", "affordable_samples", "min_gain")  # the fields that `from_runs` leaves in use
-NEEDED = ("model_name_or_path", "prompt_files", "helpfulness_model_path", "safety_model_path")
+NEEDED = ("model_name_or_path", "prompt_files")
 
 
 def check_source(settings: ExploreSettings, model: ExploreModelSettings) -> None:
@@ -87,3 +88,5 @@ def check_source(settings: ExploreSettings, model: ExploreModelSettings) -> None
         )
     if not settings.from_runs and (missing := [name for name in NEEDED if name not in given]):
         raise UserError(f"{', '.join(missing)}: needed for sampling; or name finished runs with from_runs")
+    if not settings.from_runs:
+        super(ExploreSettings, settings).check_reward_sources()

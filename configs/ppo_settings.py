@@ -3,16 +3,15 @@
 from dataclasses import dataclass, field
 
 from configs.errors import UserError
+from configs.scoring_settings import ScoringSettings
 
 
 @dataclass(kw_only=True)
-class PPOSettings:
+class PPOSettings(ScoringSettings):
     """Models, data, objective and optimisation of one PPO run."""
 
     prompt_files: list[str] = field(default_factory=list, metadata={"help": "Prompt files; rows carry `is_safety`."})
     eval_prompt_file: str | None = field(default=None, metadata={"help": "Held-out prompts; none: no evaluation."})
-    helpfulness_model_path: str = field(default="", metadata={"help": "Folder of the helpfulness reward model."})
-    safety_model_path: str = field(default="", metadata={"help": "Folder of the safety reward model."})
     reference_model: str = field(
         default="start",
         metadata={"help": "pi_0 of Eq. 4: `start` (the policy at the start) or `sft` (sft_model_path)."},
@@ -93,7 +92,6 @@ class PPOSettings:
     kl_horizon: int = field(
         default=10_000, metadata={"help": "Of kl_controller: adaptive: responses over which beta may move by 20 %."}
     )
-    safety_threshold: float = field(default=0.15, metadata={"help": "R_s below which safety decides the reward."})
     missing_eos_penalty: float = field(
         default=0.0, metadata={"help": "Taken from the raw combined score of a response cut off by max_new_tokens."}
     )
@@ -132,6 +130,7 @@ class PPOSettings:
         return paths.get(self.value_model, "")
 
     def __post_init__(self) -> None:
+        self.check_scoring()
         if self.reference_model not in ("sft", "start"):
             raise UserError(f"reference_model: {self.reference_model!r} is neither `sft` nor `start`")
         if self.value_model not in ("helpfulness", "policy", "trunk", "path"):

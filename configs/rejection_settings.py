@@ -7,20 +7,18 @@ from typing import Literal
 from configs.engine_settings import EngineSettings
 from configs.errors import UserError
 from configs.sampling_settings import SamplingSettings
+from configs.scoring_settings import ScoringSettings
 
 
 @dataclass(kw_only=True)
-class RejectionSettings(EngineSettings, SamplingSettings):
+class RejectionSettings(EngineSettings, SamplingSettings, ScoringSettings):
     """Best-of-K sampling. Defaults follow the paper where it says something (recipe sheet §4)."""
 
     temperature: float = field(
         default=1.2, metadata={"help": "the paper found 1.2 to 1.3 best for 10 to 100 samples; tune it each round"}
     )
     prompt_files: list[str] = field(metadata={"help": "prompt records; `is_safety` decides which reward counts"})
-    helpfulness_model_path: str = field(metadata={"help": "folder of the helpfulness reward model"})
-    safety_model_path: str = field(metadata={"help": "folder of the safety reward model"})
     samples_per_prompt: int = field(default=16, metadata={"help": "K; the paper gives none, Llama 3 used 10 to 30"})
-    safety_threshold: float = field(default=0.15, metadata={"help": "R_s below which safety decides the reward"})
     min_score: float | None = field(
         default=None, metadata={"help": "leave prompts out whose best combined reward (raw logit) is below this"}
     )
@@ -40,6 +38,8 @@ class RejectionSettings(EngineSettings, SamplingSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_engine()
+        self.check_scoring()
+        self.check_reward_sources()
         if self.engine == "continuous_batching" and self.stop_strings:
             raise UserError("stop_strings: continuous batching ends at token ids only; use sampling_engine in_process")
         counts = ("samples_per_prompt", "prompts_per_shard", "max_prompt_tokens", "token_budget", "score_token_budget")
@@ -50,8 +50,6 @@ class RejectionSettings(EngineSettings, SamplingSettings):
             raise UserError(f"max_prompts must not be negative, not {self.max_prompts}; 0 uses all")
         if not 0.0 <= self.max_reject_share < 1.0:
             raise UserError(f"max_reject_share must be in [0, 1), not {self.max_reject_share}")
-        if not 0.0 < self.safety_threshold < 1.0:
-            raise UserError(f"safety_threshold is a probability in (0, 1), not {self.safety_threshold}")
         if self.min_score is not None and not math.isfinite(self.min_score):
             raise UserError(f"min_score must be a number or none, not {self.min_score}")
         if self.temperature == 0.0 and self.samples_per_prompt > 1:

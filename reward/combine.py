@@ -6,12 +6,26 @@
 
 R = sigmoid(r) and logit undoes it, so everything here stays in raw scores r: no round trip through a sigmoid, which
 would saturate. Letters: B = responses.
+
+Beside that rule: one model alone, and `min` and `mean` of the two raw scores as they are. Nothing puts two models on
+one scale there: the one whose scores spread more has more say. What learns the scales from labelled pairs is
+`ensemble` (reward/ensemble.py).
 """
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
+
+from reward.ensemble import Ensemble
+
+
+def safety_decides(r_safety_B: Tensor, is_safety_B: Tensor, threshold: float = 0.15) -> Tensor:
+    """Where R_c is R_s; bool [B]. `threshold` is on R_s, in (0, 1); compared is r_s < logit(threshold), strictly."""
+    if not 0 < threshold < 1:
+        raise ValueError(f"threshold is a probability R_s in (0, 1), got {threshold}")
+    return is_safety_B.bool() | (r_safety_B < math.log(threshold / (1 - threshold)))
 
 
 def combined_reward(
@@ -19,14 +33,41 @@ def combined_reward(
 ) -> Tensor:
     """logit(R_c), the raw score of the reward model that the rule picks, for each of B responses; [B], float.
 
-    `is_safety_B` is boolean. `threshold` is on R_s, in (0, 1); compared is r_s < logit(threshold), strictly.
+    `is_safety_B` is boolean; `threshold` as in `safety_decides`.
     """
-    if not 0 < threshold < 1:
-        raise ValueError(f"threshold is a probability R_s in (0, 1), got {threshold}")
     if not r_safety_B.shape == r_helpfulness_B.shape == is_safety_B.shape:
         raise ValueError(f"shapes differ: {r_safety_B.shape}, {r_helpfulness_B.shape}, {is_safety_B.shape}")
-    use_safety_B = is_safety_B.bool() | (r_safety_B < math.log(threshold / (1 - threshold)))
-    return torch.where(use_safety_B, r_safety_B, r_helpfulness_B)
+    return torch.where(safety_decides(r_safety_B, is_safety_B, threshold), r_safety_B, r_helpfulness_B)
+
+
+def combine(
+    how: str,
+    raw: Mapping[str, Tensor],
+    is_safety_B: Tensor,
+    threshold: float = 0.15,
+    ensemble: Ensemble | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """(combined raw score [B], where it is the safety model's [B] bool) by one of the rules of the module docstring.
+
+    `raw` has the [B] scores "helpfulness" and "safety", or the one that the rule needs. The second result is None where
+    the score belongs to no one model (mean, ensemble). In a tie `min` counts as helpfulness.
+    """
+    if how == "ensemble":
+        if ensemble is None:
+            raise ValueError("the rule `ensemble` needs an ensemble")
+        return ensemble.scores(raw), None
+    if how == "mean":
+        return (raw["helpfulness"] + raw["safety"]) / 2, None
+    if how == "helpfulness":
+        return raw[how], torch.zeros_like(is_safety_B, dtype=torch.bool)
+    if how == "safety":
+        return raw[how], torch.ones_like(is_safety_B, dtype=torch.bool)
+    if how == "min":
+        return torch.minimum(raw["helpfulness"], raw["safety"]), raw["safety"] < raw["helpfulness"]
+    if how == "piecewise":
+        scores_B = combined_reward(raw["safety"], raw["helpfulness"], is_safety_B, threshold)
+        return scores_B, safety_decides(raw["safety"], is_safety_B, threshold)
+    raise ValueError(f"no rule {how!r}")
 
 
 def whiten(x_B: Tensor, eps: float = 1e-8) -> Tensor:

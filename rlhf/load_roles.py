@@ -27,9 +27,9 @@ def load_roles(ppo: PPOSettings, model_settings: ModelSettings, tokenizer: Any, 
 
     Raises UserError where a model is missing, is not what its field asks for, or reads ids by another tokenizer.
     """
+    if ppo.value_model == "helpfulness" and not ppo.helpfulness_model_path:
+        raise UserError("value_model: helpfulness needs helpfulness_model_path; without one use value_model: policy")
     for field, path in reward_paths(ppo).items():
-        if not path:
-            raise UserError(f"{field}: name the folder of that reward model")
         _check_same_tokenizer(tokenizer, field, path)
     if ppo.reference_model == "sft":
         _check_same_tokenizer(tokenizer, "sft_model_path", str(ppo.sft_model_path))
@@ -53,8 +53,8 @@ def load_roles(ppo: PPOSettings, model_settings: ModelSettings, tokenizer: Any, 
 
 
 def reward_paths(ppo: PPOSettings) -> dict[str, str]:
-    """The reward models by the fields that name them."""
-    return {f"{name}_model_path": getattr(ppo, f"{name}_model_path") for name in ("helpfulness", "safety")}
+    """The reward models that are named, by the fields that name them."""
+    return {f"{name}_model_path": path for name, path in ppo.reward_model_paths.items()}
 
 
 class _Loader:

@@ -60,6 +60,7 @@ from rlhf.rollout import Rollout, advantages_and_returns, collect
 from rlhf.run import NOT_COMPARED, RunFolder, plain, saved_settings
 from rlhf.sampler import prompt_room
 from rlhf.samples import Prompt
+from rlhf.scoring import Scoring, applicable_mean
 from rlhf.update import NotFinite, make_optimizer, update
 
 BEST = "policy.safetensors"  # in best-<step>
@@ -84,6 +85,7 @@ class Run:
         set_seed(run.seed)
         self.tokenizer = load_tokenizer(model_settings.model_name_or_path)
         self.chat_format = load_chat_format(self.tokenizer, model_settings.chat_format)
+        self.scoring = Scoring(ppo)
         self.roles = load_roles(ppo, model_settings, self.tokenizer, self.accelerator.device, run.seed)
         room = prompt_room(unwrap(self.roles.policy.model), ppo.max_new_tokens, ppo.max_prompt_tokens)
         rejected = str(Path(run.output_dir, "rejected.jsonl")) if self.accelerator.is_main_process else None
@@ -94,6 +96,7 @@ class Run:
         self.held_out = held_out[: ppo.eval_prompts]
         if not self.prompts:
             raise UserError("prompt_files: no prompts to sample from")
+        self.scoring.try_out(self.prompts[0], self.chat_format)
         self.optimizer = make_optimizer(self.roles, ppo)
         self.state: dict[str, Any] = {
             "step": 0, "skipped": 0, "best": None, "unit": None, "value_unit": None, "kl_coef": ppo.kl_coef,
@@ -109,7 +112,7 @@ class Run:
         own = filled[rank * size : (rank + 1) * size]
         seeds = sample_seeds(seed, len(own) * k, first=rank * size * k)
         return collect(self.roles, own, self.ppo, self.chat_format, self.tokenizer.pad_token_id, seeds,
-                       self.accelerator.device, k, with_values)  # fmt: skip
+                       self.accelerator.device, k, with_values, self.scoring)  # fmt: skip
 
     def gathered(self, count: int, *columns: torch.Tensor) -> torch.Tensor:
         """[count, len(columns)] float32: [B] tensors of all processes' responses, in the order of their prompts."""
@@ -182,14 +185,17 @@ class Run:
 
     def figures(self, rollout: Rollout, count: int) -> dict[str, float]:
         """Rewards, KL and lengths of a rollout of `count` prompts, as means over the responses of all processes."""
-        names = ("reward/combined", "reward/helpfulness", "reward/safety", "reward/safety_decides", "policy/kl",
-                 "response/tokens", "response/stopped")  # fmt: skip
-        lengths_B = rollout.sequences.response_mask_BR.sum(1)
-        columns = self.gathered(
-            count, rollout.scores_B, rollout.r_helpfulness_B, rollout.r_safety_B, rollout.safety_decides_B,
-            rollout.kl_BR.sum(1), lengths_B, rollout.stopped_B,
-        )  # fmt: skip
-        return dict(zip(names, columns.mean(0).tolist(), strict=True))
+        columns = {"reward/combined": rollout.scores_B, "policy/kl": rollout.kl_BR.sum(1),
+                   "response/tokens": rollout.sequences.response_mask_BR.sum(1),
+                   "response/stopped": rollout.stopped_B}  # fmt: skip
+        columns |= {f"reward/{name}": rollout.raw[name] for name in self.scoring.models}
+        if rollout.safety_decides_B is not None:
+            columns["reward/safety_decides"] = rollout.safety_decides_B
+        functions = {f"reward/{name}": rollout.raw[name] for name in self.scoring.functions}
+        gathered = self.gathered(count, *columns.values(), *functions.values())
+        figures = dict(zip(columns, gathered.mean(0).tolist(), strict=False))
+        means = {name: applicable_mean(gathered[:, len(columns) + i].tolist()) for i, name in enumerate(functions)}
+        return figures | {name: mean for name, mean in means.items() if mean is not None}
 
     def gold_figures(self, rollout: Rollout) -> dict[str, float]:
         """What the simulated annotators would think of held-out responses: helpfulness of the answers to ordinary
@@ -215,8 +221,7 @@ class Run:
                 "prompt": prompt.messages,
                 "response": self.chat_format.decode_response(response),
                 "is_safety": prompt.is_safety,
-                "reward_helpfulness": float(rollout.r_helpfulness_B[i]),
-                "reward_safety": float(rollout.r_safety_B[i]),
+                **{f"reward_{name}": float(scores_B[i]) for name, scores_B in rollout.raw.items()},
                 "reward_combined": float(rollout.scores_B[i]),
                 "kl_nats": kl_B[i],
             }
@@ -316,6 +321,7 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
     """Run PPO; returns the summary that is also `output_dir/summary.json`. The policy is `output_dir/model`."""
     ppo, model_settings, run_settings = cli.parse(PPOSettings, ModelSettings, RunSettings, args=args)
     settings = {**asdict(ppo), **asdict(model_settings), **asdict(run_settings)}
+    settings["scoring_files"] = Scoring(ppo).fingerprints()
     if done := RunFolder.completed(run_settings.output_dir, settings):
         return done
     begin = time.perf_counter()

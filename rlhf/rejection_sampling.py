@@ -4,8 +4,8 @@
 
 What differs from the paper, or fills what it leaves open:
 1. K is never given there: `samples_per_prompt`, default 16.
-2. Scored is the raw score of the reward model that the piecewise rule of PPO picks (reward/combine.py), on the sampled
-   ids themselves, never on re-encoded text.
+2. Scored is PPO's raw score (rlhf/scoring.py), by default that of the reward model which the piecewise rule picks, on
+   the sampled ids themselves, never on re-encoded text.
 3. A response that was cut at max_new_tokens, is empty, or could not stand in a dialogue is scored but not kept.
 4. Rows are marked `train_on: last`: the reply that was picked is trained, not the earlier ones of its prompt, which
    nobody has scored and which may be of the kind that the stage is to unlearn.
@@ -23,6 +23,7 @@ from pathlib import Path
 if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # launched by path, Python puts rlhf/ first
 
+import math
 import random
 import time
 from collections.abc import Sequence
@@ -40,7 +41,6 @@ from configs.errors import UserError
 from configs.model_settings import LORA_FIELDS, ModelSettings, RunSettings
 from configs.records import read_prompts, write_jsonl
 from configs.rejection_settings import RejectionSettings
-from reward.combine import combined_reward
 from reward.model import load_reward_model
 from reward.scorer import score_ids
 from rlhf.cli import entry, parse
@@ -50,7 +50,8 @@ from rlhf.models import data_fingerprints, load_tokenizer, resolve_dtype
 from rlhf.run import RunFolder
 from rlhf.sampler import prompt_room
 from rlhf.samples import Prompt, before_stop_string
-from rlhf.score_files import SCORES, write_scores
+from rlhf.score_files import FUNCTION, SCORES, write_scores
+from rlhf.scoring import Scoring, applicable_mean
 from rlhf.selection import Picks, best_of_n_curve, best_of_n_kl, check_finite, duplicate_of, pick
 from rlhf.shards import read_shards, run_shards, shard_folder, weights_stamp, without_failed
 
@@ -104,19 +105,24 @@ def gold_scores(prompt: list[dict[str, str]], texts: list[str]) -> dict[str, lis
 
 
 class Worker:
-    """The sampling engine and both reward models; turns prompts into rows of K scored responses."""
+    """The sampling engine and what scores; turns prompts into rows of K scored responses."""
 
     def __init__(
         self, settings: RejectionSettings, model: ModelSettings, seed: int, tokenizer: Any, device: torch.device
     ) -> None:
-        self.settings, self.seed = settings, seed
+        self.settings, self.seed, self.scoring = settings, seed, Scoring(settings)
         self.chat = load_chat_format(tokenizer, model.chat_format)
         self.engine = load_engine(settings, model, tokenizer, self.chat, device, settings, settings.token_budget)
         dtype = resolve_dtype(model, trainable=False)
-        paths = {"helpfulness": settings.helpfulness_model_path, "safety": settings.safety_model_path}
+        paths = settings.reward_model_paths
         for name, path in paths.items():
             check_same_tokenizer(tokenizer, path, f"{name}_model_path")
         self.reward_models = {name: load_reward_model(path, dtype=dtype).to(device) for name, path in paths.items()}
+
+    def try_out(self, row: Row) -> None:
+        """Call the reward functions once, on this prompt, before anything is sampled."""
+        messages = row["prompt"]
+        self.scoring.try_out(Prompt(messages, self.chat.encode_prompt(messages), bool(row["is_safety"])), self.chat)
 
     def rows(self, prompts: list[Row], indices: Sequence[int]) -> list[Row]:
         """Rows of the prompts with these indices: sampled, scored, not yet selected. Seeds follow the index.
@@ -132,13 +138,16 @@ class Worker:
         seeds = [seed for index in indices for seed in sample_seeds(self.seed, k, first=index * k)]
         batch = self.engine.sample(encoded, k, self.settings, seeds)
         sampled = [i for i in range(len(batch)) if i // k not in batch.errors]
-        full = [[*encoded[i // k].ids, *batch.response_ids[i]] for i in sampled]
-        raw: dict[str, torch.Tensor] = {}
-        for name, model in self.reward_models.items():
-            raw[name] = torch.full((len(batch),), torch.nan)
-            raw[name][sampled] = score_ids(model, full, self.settings.score_token_budget, k)
-        is_safety = torch.tensor([prompt.is_safety for prompt in encoded]).repeat_interleave(k)
-        raw["combined"] = combined_reward(raw["safety"], raw["helpfulness"], is_safety, self.settings.safety_threshold)
+        texts = [
+            before_stop_string(self.chat.decode_response(ids), self.settings.stop_strings) for ids in batch.response_ids
+        ]
+        scored = self.scoring.scores(
+            lambda name, ids: score_ids(self.reward_models[name], ids, self.settings.score_token_budget, k),
+            [encoded[i // k] for i in sampled],
+            [batch.response_ids[i] for i in sampled],
+            [texts[i] for i in sampled],
+        )
+        place = {i: at for at, i in enumerate(sampled)}
         seconds = round((time.perf_counter() - started) / len(prompts), 4)  # the batch's, shared out
         rows: list[Row] = []
         for p, (index, prompt) in enumerate(zip(indices, prompts, strict=True)):
@@ -146,27 +155,28 @@ class Worker:
                 rows.append({"index": index, "prompt": prompt["prompt"], "error": batch.errors[p]})
                 continue
             mine = slice(p * k, (p + 1) * k)
-            texts = [
-                before_stop_string(self.chat.decode_response(ids), self.settings.stop_strings)
-                for ids in batch.response_ids[mine]
-            ]
+            at = slice(place[p * k], place[p * k] + k)  # among those that were sampled, and so scored
             finished = [reason == "stop" for reason in batch.finish_reasons[mine]]
-            scores = {name: raw[name][mine].tolist() for name in SCORES}
+            scores = {name: scored.raw[name][at].tolist() for name in self.scoring.models}
+            scores["combined"] = scored.combined_B[at].tolist()
             check_finite(scores, index)
+            for name in self.scoring.functions:
+                own = scored.raw[name][at].tolist()
+                scores[FUNCTION + name] = [None if math.isnan(score) else score for score in own]
             rows.append(
                 {
                     "index": index,
                     "prompt": prompt["prompt"],
                     "is_safety": bool(prompt["is_safety"]),
-                    "responses": texts,
+                    "responses": texts[mine],
                     "response_ids": batch.response_ids[mine],
                     "finished": finished,
-                    "usable": [usable(self.chat, prompt["prompt"], text) for text in texts],
+                    "usable": [usable(self.chat, prompt["prompt"], text) for text in texts[mine]],
                     "seeds": batch.seeds[mine],
                     "temperature": self.settings.temperature,
                     "seconds": seconds,
                     **scores,
-                    **(gold_scores(prompt["prompt"], texts) if self.settings.gold == "simulated" else {}),
+                    **(gold_scores(prompt["prompt"], texts[mine]) if self.settings.gold == "simulated" else {}),
                 }
             )
         return rows
@@ -217,9 +227,11 @@ def select(
 def summarise(rows: list[Row], picks: dict[str, list[int | None]], settings: RejectionSettings) -> Row:
     """Mean scores of each kind of pick over the kept prompts, and the best-of-n curves over all prompts.
 
-    Gold scores: helpfulness over the prompts that are not risky, safety over the risky ones.
+    Gold scores: helpfulness over the prompts that are not risky, safety over the risky ones. Scores of reward functions
+    are means over the responses that they apply to, without a curve.
     """
     names = [name for name in (*SCORES, "gold_helpfulness", "gold_safety") if name in rows[0]]
+    functions = [name for name in rows[0] if name.startswith(FUNCTION)]
     risky = np.array([row["is_safety"] for row in rows])
     counted = {name: np.ones(len(rows), bool) for name in names} | {"gold_helpfulness": ~risky, "gold_safety": risky}
     summary: Row = {
@@ -228,6 +240,10 @@ def summarise(rows: list[Row], picks: dict[str, list[int | None]], settings: Rej
                 [row[name][i] for row, i, on in zip(rows, column, counted[name], strict=True) if on and i is not None]
             )
             for name in names
+        }
+        | {
+            name: applicable_mean([row[name][i] for row, i in zip(rows, column, strict=True) if i is not None])
+            for name in functions
         }
         for kind, column in picks.items()
     }
@@ -273,9 +289,10 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
     settings, model, run = parse(RejectionSettings, ModelSettings, RunSettings, args=args)
     if model.use_peft or model.freeze_embeddings:
         raise UserError("use_peft and freeze_embeddings are for training; leave them out where a policy is sampled")
-    models = (model.model_name_or_path, settings.helpfulness_model_path, settings.safety_model_path)
+    models = (model.model_name_or_path, *settings.reward_model_paths.values())
     resolved: Row = asdict(settings) | asdict(model) | asdict(run)
     resolved |= {"data": data_fingerprints(settings.prompt_files), "weights": [weights_stamp(path) for path in models]}
+    resolved["scoring_files"] = Scoring(settings).fingerprints()
     if completed := RunFolder.completed(run.output_dir, resolved):
         return completed
     state = PartialState(cpu=run.use_cpu)
@@ -285,6 +302,7 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
     room = prompt_room(worker.engine, settings.max_new_tokens, settings.max_prompt_tokens)
     prompts = read_prompt_files(settings.prompt_files, worker.chat, room, folder.path, settings.max_reject_share)
     prompts = prompts[: settings.max_prompts or None]
+    worker.try_out(prompts[0])
     content: Row = {name: value for name, value in resolved.items() if name not in NOT_IN_ROWS}
     content["sampling_engine"] = settings.engine  # auto and server_url are one choice with server and server_url
     content["prompts"] = [[worker.chat.encode_prompt(p["prompt"]), p["is_safety"]] for p in prompts]
@@ -313,7 +331,9 @@ def _shown(row: Row, picks: dict[str, list[int | None]], p: int) -> Row:
     for kind, column in picks.items():
         i = column[p]
         if i is not None:
-            shown[kind] = {"response": row["responses"][i], **{name: round(row[name][i], 4) for name in SCORES}}
+            scores = {name: row[name][i] for name in row if name in SCORES or name.startswith(FUNCTION)}
+            shown[kind] = {"response": row["responses"][i]}
+            shown[kind] |= {name: score if score is None else round(score, 4) for name, score in scores.items()}
     return shown
 
 

@@ -5,7 +5,7 @@ Axes: B responses of this process, R response tokens (padded on the right), as i
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -15,11 +15,12 @@ from torch import Tensor
 from configs.chat import ChatFormat
 from configs.ppo_settings import PPOSettings
 from configs.sampling_settings import SamplingSettings
-from reward.combine import combined_reward, whiten
+from reward.combine import whiten
 from rlhf.advantages import gae, masked_whiten, moments, per_token_kl, place_rewards
 from rlhf.engines import sample_live
 from rlhf.roles import Role, Roles
 from rlhf.samples import Prompt, require_exact_ids
+from rlhf.scoring import Scoring
 from rlhf.sequences import Sequences
 
 
@@ -38,10 +39,9 @@ class Rollout:
     logprobs_BR: Tensor
     reference_logprobs_BR: Tensor
     values_BR: Tensor
-    r_helpfulness_B: Tensor  # raw scores, float32
-    r_safety_B: Tensor
-    scores_B: Tensor  # logit(R_c) minus the missing-EOS penalty, not whitened
-    safety_decides_B: Tensor  # bool: the score is the safety model's
+    raw: dict[str, Tensor]  # raw scores [B] float32 by reward model or function; nan: does not apply
+    scores_B: Tensor  # combined raw score, such as logit(R_c), minus the missing-EOS penalty; not whitened
+    safety_decides_B: Tensor | None  # bool: the score is the safety model's; None where no one model's
     seconds: dict[str, float]  # by phase: sample, reward, recompute, reference, value
     sampler_logprobs_BR: Tensor | None = None  # as the sampler had them, where `logprobs_BR` are recomputed
 
@@ -71,13 +71,15 @@ def collect(
     device: Any,
     k: int = 1,
     with_values: bool = True,
+    scoring: Scoring | None = None,
 ) -> Rollout:
-    """Sample k responses a prompt from the policy, score them with both reward models, add log-probs and values.
+    """Sample k responses a prompt from the policy, score them as the settings say, add log-probs and values.
 
     `seeds` has one number a response, which depends on its own alone, not on the batch or process that computes it. The
-    reward models get the sampled ids themselves, never re-encoded text.
+    reward models get the sampled ids themselves, never re-encoded text. `scoring` is `Scoring(ppo)`, built here where
+    it is not given.
     """
-    clock = {"start": time.perf_counter()}
+    begin = time.perf_counter()
     settings = SamplingSettings(temperature=ppo.temperature, top_p=1.0, top_k=0, max_new_tokens=ppo.max_new_tokens)
     with roles.base_gathered():
         with roles.policy.whole() as policy:
@@ -96,43 +98,98 @@ def collect(
             )
         prompts = [prompt for prompt in prompts for _ in range(k)]
         responses = batch.response_ids
-        sequences = Sequences.build([p.ids for p in prompts], responses, device, k, roles.take_trees)
-        clock["sample"] = time.perf_counter()
-
-        r_helpfulness_B, r_safety_B = (
-            roles.scores(name, sequences.ids, ppo.token_budget, k) for name in ("helpfulness", "safety")
+        sampled = time.perf_counter()
+        texts = [chat_format.decode_response(response) for response in responses]
+        scored = (scoring or Scoring(ppo)).scores(
+            lambda name, dialogues: roles.scores(name, dialogues, ppo.token_budget, k), prompts, responses, texts
         )
-        is_safety_B = torch.tensor([prompt.is_safety for prompt in prompts])
-        scores_B = combined_reward(r_safety_B, r_helpfulness_B, is_safety_B, ppo.safety_threshold)
-        safety_decides_B = is_safety_B | (scores_B != r_helpfulness_B)
         stopped_B = torch.tensor([reason == "stop" for reason in batch.finish_reasons])
-        scores_B = scores_B - ppo.missing_eos_penalty * (~stopped_B).float()
-        clock["reward"] = time.perf_counter()
+        scores_B = scored.combined_B - ppo.missing_eos_penalty * (~stopped_B).float()
+        seconds = {"sample": sampled - begin, "reward": time.perf_counter() - sampled}
+        rollout = _completed(roles, prompts, responses, scores_B, ppo, device, k, stopped_B, batch.logprobs,
+                             ppo.recomputes, with_values)  # fmt: skip
+    seconds |= rollout.seconds
+    return replace(rollout, raw=scored.raw, safety_decides_B=scored.safety_decides_B, seconds=seconds)
 
-        micro_batches = sequences.micro_batches(range(len(prompts)), ppo.token_budget)
 
-        def over(role: Role, function: Callable[[Sequence[int]], Tensor]) -> Tensor:
-            with role.whole():
-                return sequences.scatter([(rows, function(rows)) for rows in micro_batches])
+@torch.no_grad()
+def rollout_from(
+    roles: Roles,
+    prompts: Sequence[Prompt],
+    responses: Sequence[list[int]],
+    scores_B: Tensor,
+    ppo: PPOSettings,
+    device: Any,
+    k: int = 1,
+    stopped_B: Tensor | None = None,
+    logprobs: Sequence[Sequence[float]] | None = None,
+) -> Rollout:
+    """A rollout from responses that exist already, sampled and scored by whatever means: adds log-probs and values.
 
+    Args:
+        prompts: one for each response; with k above 1, the k responses to a prompt stand side by side.
+        responses: their ids, the stop id included where one ended with it; none may be empty.
+        scores_B: a raw score each, any scale: they are whitened over the iteration.
+        stopped_B: bool, whether each ended by itself; for the figures only. None: all did.
+        logprobs: log pi_old of each response token in nats, at `ppo.temperature`, under the policy that sampled. None:
+            they are computed with the policy as it is, which is right for responses that it has just sampled.
+    """
+    if not len(prompts) == len(responses) == len(scores_B):
+        raise ValueError(f"{len(prompts)} prompts, {len(responses)} responses and {len(scores_B)} scores")
+    if not all(responses):
+        raise ValueError("a response without tokens has no place for its reward")
+    if logprobs is not None and list(map(len, logprobs)) != list(map(len, responses)):
+        raise ValueError("logprobs: one number for every token of a response")
+    if stopped_B is None:
+        stopped_B = torch.ones(len(prompts), dtype=torch.bool)
+    with roles.base_gathered():
+        return _completed(roles, prompts, responses, scores_B, ppo, device, k, stopped_B, logprobs,
+                          recompute=logprobs is None, with_values=True)  # fmt: skip
+
+
+def _completed(
+    roles: Roles,
+    prompts: Sequence[Prompt],
+    responses: Sequence[list[int]],
+    scores_B: Tensor,
+    ppo: PPOSettings,
+    device: Any,
+    k: int,
+    stopped_B: Tensor,
+    logprobs: Sequence[Sequence[float]] | None,
+    recompute: bool,
+    with_values: bool,
+) -> Rollout:
+    """As `rollout_from`; a shared base is gathered by the caller."""
+    clock = {"start": time.perf_counter()}
+    sequences = Sequences.build([p.ids for p in prompts], responses, device, k, roles.take_trees)
+    micro_batches = sequences.micro_batches(range(len(prompts)), ppo.token_budget)
+
+    def over(role: Role, function: Callable[[Sequence[int]], Tensor]) -> Tensor:
+        with role.whole():
+            return sequences.scatter([(rows, function(rows)) for rows in micro_batches])
+
+    sampler_BR = None
+    if logprobs is not None:
         sampler_BR = torch.zeros(sequences.response_mask_BR.shape, device=device)
         sampler_BR[sequences.response_mask_BR] = torch.cat(
-            [torch.as_tensor(row, dtype=torch.float32) for row in batch.logprobs]
+            [torch.as_tensor(row, dtype=torch.float32) for row in logprobs]
         ).to(device)
-        logprobs_BR = sampler_BR
-        if ppo.recomputes:
-            logprobs_BR = over(roles.policy, lambda rows: roles.policy_logprobs(sequences, rows)[0])
-        clock["recompute"] = time.perf_counter()
-        reference_logprobs_BR = over(roles.reference, lambda rows: roles.reference_logprobs(sequences, rows))
-        clock["reference"] = time.perf_counter()
-        values_BR = torch.zeros_like(logprobs_BR)
-        if with_values:
-            values_BR = over(roles.value, lambda rows: roles.values(sequences, rows))
-        clock["value"] = time.perf_counter()
+    if sampler_BR is None or recompute:
+        logprobs_BR = over(roles.policy, lambda rows: roles.policy_logprobs(sequences, rows)[0])
+    else:
+        logprobs_BR, sampler_BR = sampler_BR, None
+    clock["recompute"] = time.perf_counter()
+    reference_logprobs_BR = over(roles.reference, lambda rows: roles.reference_logprobs(sequences, rows))
+    clock["reference"] = time.perf_counter()
+    values_BR = torch.zeros_like(logprobs_BR)
+    if with_values:
+        values_BR = over(roles.value, lambda rows: roles.values(sequences, rows))
+    clock["value"] = time.perf_counter()
     seconds = {after: clock[after] - clock[before] for before, after in pairwise(clock)}
     return Rollout(
-        prompts, responses, sequences, stopped_B, logprobs_BR, reference_logprobs_BR, values_BR, r_helpfulness_B,
-        r_safety_B, scores_B, safety_decides_B, seconds, sampler_BR if ppo.recomputes else None,
+        prompts, responses, sequences, stopped_B, logprobs_BR, reference_logprobs_BR, values_BR, {}, scores_B.float(),
+        None, seconds, sampler_BR,
     )  # fmt: skip
 
 

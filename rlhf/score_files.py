@@ -1,7 +1,8 @@
 """scores.npz: all that rejection sampling knows of its responses but their text, as plain arrays.
 
 P prompts x K responses.
-[P, K]: the rewards and, where there are, gold scores; `finished`, `usable`, `tokens` (the end token included), `seed`,
+[P, K]: the rewards: `combined`, those of the reward models in use, and `function_<name>` of reward functions (nan where
+one does not apply); where there are, gold scores; `finished`, `usable`, `tokens` (the end token included), `seed`,
 `duplicate_of` (index of an earlier response of equal text, or -1).
 [P]: `best`, `median`, `random`, `worst` (index of the pick, -1 where the prompt is left out), `is_safety`, `prompt_id`
 (a hash), `seconds` (for sampling and scoring, an equal part of its batch's). [1]: `temperature`.
@@ -18,10 +19,11 @@ import numpy as np
 from configs.errors import UserError
 from rlhf.selection import duplicate_of
 
-SCORES = ("combined", "helpfulness", "safety")  # the rewards, raw scores
+SCORES = ("combined", "helpfulness", "safety")  # the rewards, raw scores; a reward model that is not in use has none
+FUNCTION = "function_"  # begins the names of scores by the user's own functions
 GOLD = ("gold_helpfulness", "gold_safety")
 NAME = "scores.npz"
-MATRICES = (*SCORES, "finished", "usable", "tokens", "seed", "duplicate_of")
+MATRICES = ("combined", "finished", "usable", "tokens", "seed", "duplicate_of")
 COLUMNS = ("best", "median", "random", "worst", "is_safety", "prompt_id", "seconds")
 
 
@@ -30,6 +32,11 @@ def write_scores(folder: Path, rows: list[dict[str, Any]], picks: dict[str, list
     names = [name for name in (*SCORES, *GOLD, "finished", "usable") if name in rows[0]]
     arrays = {
         **{name: np.array([row[name] for row in rows]) for name in names},
+        **{
+            name: np.array([row[name] for row in rows], dtype=np.float64)  # None becomes nan
+            for name in rows[0]
+            if name.startswith(FUNCTION)
+        },
         "tokens": np.array([[len(ids) for ids in row["response_ids"]] for row in rows], dtype=np.int64),
         "seed": np.array([row["seeds"] for row in rows], dtype=np.int64),
         "duplicate_of": np.array([duplicate_of(row["responses"]) for row in rows], dtype=np.int64),
@@ -59,7 +66,8 @@ def read_scores(folder: str | Path) -> dict[str, np.ndarray]:
     if missing := [name for name in (*MATRICES, *COLUMNS, "temperature") if name not in arrays]:
         raise UserError(f"{path} lacks {', '.join(missing)}: it is of an older version; run rejection sampling again")
     prompts, k = arrays["combined"].shape
-    sizes: dict[str, tuple[int, ...]] = dict.fromkeys(MATRICES, (prompts, k))
+    optional = [name for name in arrays if name in SCORES or name.startswith(FUNCTION)]
+    sizes: dict[str, tuple[int, ...]] = dict.fromkeys((*MATRICES, *optional), (prompts, k))
     sizes |= dict.fromkeys(COLUMNS, (prompts,))
     for name, size in sizes.items():
         if arrays[name].shape != size:

@@ -50,6 +50,8 @@ def fault(words: list[str]) -> str | None:
     try:
         if words[:2] == ["accelerate", "launch"]:
             check_launch(words[2:])
+        elif words[0] == "python" and words[1].endswith(".py"):
+            assert (ROOT / words[1]).is_file(), f"no file {words[1]}"  # tests/test_examples.py runs it
         elif words[:2] == ["python", "-m"]:
             check_module(words[2], words[3:])
         elif words[0] == "make":

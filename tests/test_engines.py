@@ -21,7 +21,7 @@ SERVER = {"server_url": "http://127.0.0.1:9/v1"}
 
 
 def settings_of(**extra) -> RejectionSettings:
-    return RejectionSettings(prompt_files=[], helpfulness_model_path="", safety_model_path="", **extra)
+    return RejectionSettings(prompt_files=[], helpfulness_model_path="h", safety_model_path="s", **extra)
 
 
 @pytest.mark.parametrize(

@@ -134,10 +134,9 @@ def rollout_of(lengths, seed=0, width=0, scores=None, stopped=None):
 
     scores_B = torch.randn(len(lengths), generator=generator, dtype=torch.float64) if scores is None else scores
     stopped_B = torch.ones(len(lengths), dtype=torch.bool) if stopped is None else torch.tensor(stopped)
-    nothing = torch.zeros(len(lengths))
     return Rollout(
         [None] * len(lengths), [[5] * length for length in lengths], sequences, stopped_B, draw(), draw(), draw(),
-        nothing, nothing, scores_B, nothing.bool(), {},
+        {}, scores_B, None, {},
     )  # fmt: skip
 
 

@@ -26,8 +26,9 @@ from rlhf import update as update_module
 from rlhf.hardware import FLOAT_ATTENTION, token_budget
 from rlhf.load_roles import load_roles
 from rlhf.prompts import prompts_of
-from rlhf.rollout import advantages_and_returns, collect
+from rlhf.rollout import advantages_and_returns, collect, rollout_from
 from rlhf.samples import Prompt
+from rlhf.scoring import Scoring
 from rlhf.sequences import Sequences
 from rlhf.update import make_optimizer, update
 
@@ -122,7 +123,7 @@ def test_a_rollout_equals_plain_one_by_one_computation(paths, reference, lora):
             values = helpfulness.score(hidden)[first - 1 : first + length - 1, 0]
             r_h, r_s = helpfulness.score(hidden)[-1, 0], safety.score(safety.model(ids).last_hidden_state[0])[-1, 0]
         torch.testing.assert_close(rollout.values_BR[i, :length], values, atol=1e-4, rtol=1e-4)
-        assert rollout.r_helpfulness_B[i].item() == pytest.approx(r_h.item(), abs=1e-4)
+        assert rollout.raw["helpfulness"][i].item() == pytest.approx(r_h.item(), abs=1e-4)
         decides = prompt.is_safety or torch.sigmoid(r_s) < 0.15
         assert rollout.scores_B[i].item() == pytest.approx((r_s if decides else r_h).item(), abs=1e-4)
         assert bool(rollout.safety_decides_B[i]) == bool(decides)
@@ -179,12 +180,13 @@ def one_update(paths, settings, change=lambda rollout: rollout):
 def rows_of(rollout, rows):
     """A rollout of some of its responses, built anew."""
     pick = {name: getattr(rollout, name)[rows] for name in ("stopped_B", "logprobs_BR", "reference_logprobs_BR",
-            "values_BR", "r_helpfulness_B", "r_safety_B", "scores_B", "safety_decides_B")}  # fmt: skip
+            "values_BR", "scores_B", "safety_decides_B")}  # fmt: skip
     prompts, responses = ([column[row] for row in rows] for column in (rollout.prompts, rollout.responses))
     sequences = Sequences.build([prompt.ids for prompt in prompts], responses, "cpu")
     width = sequences.response_mask_BR.shape[1]
     pick |= {name: x[:, :width] for name, x in pick.items() if name.endswith("_BR")}
-    return replace(rollout, prompts=prompts, responses=responses, sequences=sequences, **pick)
+    raw = {name: x[rows] for name, x in rollout.raw.items()}
+    return replace(rollout, prompts=prompts, responses=responses, sequences=sequences, raw=raw, **pick)
 
 
 def stop_every_other(rollout):
@@ -230,6 +232,29 @@ def test_importance_weights_reach_the_policy_loss(paths, cap):
     expected = float(-(weights_BR * advantages_BR).sum() / tokens)
     assert figures["loss/policy"] == pytest.approx(expected, abs=1e-5)
     assert (abs(expected) > 0.01) == bool(cap)  # unweighted, whitened advantages add up to 0
+
+
+def test_a_rollout_from_responses_that_exist_is_the_sampled_one(paths):
+    settings = settings_for(paths)
+    roles = load(paths, settings)
+    sampled = roll(roles, settings)
+    known = [row[: len(r)].tolist() for row, r in zip(sampled.logprobs_BR, sampled.responses, strict=True)]
+    given = (roles, sampled.prompts, sampled.responses, sampled.scores_B, settings, "cpu")
+    for logprobs, tolerance in ((known, 0.0), (None, 1e-4)):
+        made = rollout_from(*given, logprobs=logprobs)
+        torch.testing.assert_close(made.logprobs_BR, sampled.logprobs_BR, atol=tolerance, rtol=0)
+        for name in ("reference_logprobs_BR", "values_BR", "scores_B"):
+            assert torch.equal(getattr(made, name), getattr(sampled, name))
+        assert made.stopped_B.all()
+    shifted = rollout_from(*given, logprobs=[[x - 1 for x in row] for row in known])  # an older policy's
+    mask_BR = sampled.sequences.response_mask_BR
+    torch.testing.assert_close(shifted.logprobs_BR[mask_BR], sampled.logprobs_BR[mask_BR] - 1)
+    with pytest.raises(ValueError, match="16 prompts, 16 responses and 3 scores"):
+        rollout_from(*given[:3], sampled.scores_B[:3], *given[4:])
+    with pytest.raises(ValueError, match="one number for every token"):
+        rollout_from(*given, logprobs=[row[:-1] for row in known])
+    with pytest.raises(ValueError, match="without tokens"):
+        rollout_from(*given[:2], [[], *sampled.responses[1:]], *given[3:])
 
 
 def test_missing_eos_penalty_hits_cut_responses_only(paths):
@@ -564,8 +589,9 @@ def test_bf16_rounds_hidden_states_and_little_else(paths):
     assert mixed.policy.model.config._attn_implementation == FLOAT_ATTENTION
     one, two = roll(plain, settings), roll(mixed, replace(settings, bf16=True))
     assert one.responses == two.responses  # sampling is left alone
-    for name in ("logprobs_BR", "reference_logprobs_BR", "values_BR", "r_helpfulness_B", "r_safety_B"):
-        a, b = getattr(one, name), getattr(two, name)
+    tensors = [(getattr(one, name), getattr(two, name)) for name in ("logprobs_BR", "reference_logprobs_BR",
+                                                                     "values_BR")]  # fmt: skip
+    for a, b in [*tensors, *zip(one.raw.values(), two.raw.values(), strict=True)]:
         assert b.dtype == torch.float32
         assert 0 < (a - b).abs().max() < 0.05  # bfloat16 keeps 8 bits: 2**-8 of numbers of order one, a few times over
     advantages, returns = advantages_and_returns(two, settings, Accelerator(cpu=True))
@@ -632,7 +658,9 @@ def test_user_mistakes(paths, tmp_path):
     with pytest.raises(UserError, match="needs sft_model_path"):
         settings_for(paths, reference_model="sft")
     with pytest.raises(UserError, match="safety_model_path"):
-        load(paths, replace(settings_for(paths), safety_model_path=""))
+        Scoring(replace(settings_for(paths), safety_model_path=""))
+    with pytest.raises(UserError, match="value_model: helpfulness needs helpfulness_model_path"):
+        load(paths, replace(settings_for(paths), helpfulness_model_path=""))
     with pytest.raises(UserError, match="neither `sft` nor `start`"):
         settings_for(paths, reference_model="base")
     with pytest.raises(UserError, match="neither `simulated` nor `none`"):

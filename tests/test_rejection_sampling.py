@@ -127,7 +127,7 @@ def fake_row(index: int, combined: list[float], **extra) -> dict:
 
 
 def chosen_by(**extra) -> RejectionSettings:
-    return RejectionSettings(prompt_files=[], helpfulness_model_path="", safety_model_path="", **extra)
+    return RejectionSettings(prompt_files=[], helpfulness_model_path="h", safety_model_path="s", **extra)
 
 
 def test_selection_and_summary_by_hand():
@@ -194,7 +194,7 @@ def test_scores_npz_holds_what_the_shards_hold(finished):
     [
         (lambda path, arrays: path.unlink(), "no such file"),
         (lambda path, arrays: path.write_bytes(path.read_bytes()[:200]), "is damaged"),
-        (lambda path, arrays: np.savez(path, combined=arrays["combined"]), "lacks helpfulness"),
+        (lambda path, arrays: np.savez(path, combined=arrays["combined"]), "lacks finished"),
         (lambda path, arrays: np.savez(path, **arrays | {"seconds": np.zeros(3)}), r"seconds has the shape \(3,\)"),
         (lambda path, arrays: np.savez(path, **arrays | {"safety": np.full((10, K), np.nan)}), "safety holds a value"),
         (lambda path, arrays: np.savez(path, **arrays | {"tokens": np.full((10, K), None)}), "is damaged"),  # pickled
@@ -217,7 +217,7 @@ def test_a_score_that_is_no_number_stops_the_run_and_names_the_prompt(arguments,
         return scores
 
     monkeypatch.setattr(rejection_sampling, "score_ids", broken)
-    with pytest.raises(UserError, match="prompt 3: the combined score of response 2 is nan"):
+    with pytest.raises(UserError, match="prompt 3: the helpfulness score of response 2 is nan"):
         run(arguments, tmp_path)
 
 

@@ -1,9 +1,10 @@
-"""The piecewise reward and its whitening against the worked numbers of the recipe."""
+"""The piecewise reward, its whitening and the other combinations against the worked numbers of the recipe."""
 
 import pytest
 import torch
 
-from reward.combine import combined_reward, whiten
+from reward.combine import combine, combined_reward, whiten
+from reward.ensemble import Ensemble
 
 
 def logit(probability: float) -> float:
@@ -48,3 +49,36 @@ def test_whitening_gives_mean_zero_and_population_variance_one():
     white = whiten(torch.tensor([3.0, 5.0]))
     torch.testing.assert_close(white, torch.tensor([-1.0, 1.0]))  # the sample variance would give 0.7071
     assert whiten(torch.full((4,), 2.5)).tolist() == [0.0] * 4
+
+
+TWO = {"helpfulness": torch.tensor([5.0, -1.0, 2.0]), "safety": torch.tensor([-3.0, 7.0, 2.0])}
+TAGGED = torch.tensor([False, True, False])
+
+
+@pytest.mark.parametrize(
+    ("how", "expected", "of_safety"),
+    [
+        ("piecewise", [-3.0, 7.0, 2.0], [True, True, False]),  # -3 < logit(0.15); tagged; neither
+        ("helpfulness", [5.0, -1.0, 2.0], [False, False, False]),
+        ("safety", [-3.0, 7.0, 2.0], [True, True, True]),
+        ("min", [-3.0, -1.0, 2.0], [True, False, False]),
+        ("mean", [1.0, 3.0, 2.0], None),
+        ("ensemble", [7.5, 0.5, 4.0], None),  # 10 - 1.5 - 1, -2 + 3.5 - 1, 4 + 1 - 1
+    ],
+)
+def test_every_combination_by_hand(how, expected, of_safety):
+    found, decides = combine(how, TWO, TAGGED, 0.15, Ensemble({"helpfulness": 2.0, "safety": 0.5}, bias=-1.0))
+    assert found.tolist() == expected
+    assert (decides if decides is None else decides.tolist()) == of_safety
+    for name in ("helpfulness", "safety"):
+        if how == name:  # one model is enough
+            assert torch.equal(combine(how, {name: TWO[name]}, TAGGED)[0], found)
+
+
+def test_combinations_refuse_what_they_cannot_combine():
+    with pytest.raises(ValueError, match="no rule 'median'"):
+        combine("median", TWO, TAGGED)
+    with pytest.raises(ValueError, match="needs an ensemble"):
+        combine("ensemble", TWO, TAGGED)
+    with pytest.raises(ValueError, match="needs scores of judge"):
+        combine("ensemble", TWO, TAGGED, ensemble=Ensemble({"helpfulness": 1.0, "judge": 1.0}))

@@ -77,9 +77,9 @@ def test_adapters_on_one_base_are_the_merged_separate_models(folders, value_mode
     five, _ = separate(folders, value_model=value_model, **path)
     ours, theirs = roll(one, settings), roll(five, settings)
     assert ours.responses == theirs.responses
-    for name in ("logprobs_BR", "reference_logprobs_BR", "values_BR", "r_helpfulness_B", "r_safety_B"):
+    for name in ("logprobs_BR", "reference_logprobs_BR", "values_BR", "raw"):
         torch.testing.assert_close(getattr(ours, name), getattr(theirs, name), atol=2e-5, rtol=1e-4)
-    assert ours.r_helpfulness_B.std() > 0.01
+    assert ours.raw["helpfulness"].std() > 0.01
     assert float(ours.values_BR.abs().max()) == 0 if value_model in ("policy", "trunk") else ours.values_BR.std() > 0.01
 
 
@@ -122,7 +122,7 @@ def test_a_trained_policy_leaves_reference_and_reward_models_where_they_are(fold
     torch.testing.assert_close(
         sequences.scatter([(rows, one.reference_logprobs(sequences, rows))]), before.reference_logprobs_BR
     )
-    torch.testing.assert_close(one.scores("safety", sequences.ids, 1000), before.r_safety_B)
+    torch.testing.assert_close(one.scores("safety", sequences.ids, 1000), before.raw["safety"])
     moved = sequences.scatter([(rows, one.policy_logprobs(sequences, rows)[0].detach())])
     assert (moved - before.logprobs_BR).abs().max() > 0.01
 
@@ -191,7 +191,7 @@ def test_a_rollout_of_several_responses_a_prompt(folders):
     assert rollout.sequences.trees
     with roles.reward_models["safety"].acting():
         singly = score_ids(roles.reward_models["safety"].model, rollout.sequences.ids[:1])
-    assert rollout.r_safety_B[0].item() == pytest.approx(singly.item(), abs=1e-4)
+    assert rollout.raw["safety"][0].item() == pytest.approx(singly.item(), abs=1e-4)
 
 
 def test_user_mistakes(folders, tmp_path):
@@ -225,12 +225,12 @@ def test_reward_models_that_are_merged_keep_their_value_adapter_beside_them(fold
     one, settings = shared(folders, adapters=False)
     assert one.value.adapters is one.reward_models["helpfulness"].adapters
     ours, theirs = roll(one, settings), roll(separate(folders)[0], settings)
-    for name in ("values_BR", "r_helpfulness_B", "r_safety_B"):
+    for name in ("values_BR", "raw"):
         torch.testing.assert_close(getattr(ours, name), getattr(theirs, name), atol=2e-5, rtol=1e-4)
     with torch.no_grad():
         for p in one.value.trained.values():
             p.add_(0.05)
-    torch.testing.assert_close(one.scores("helpfulness", ours.sequences.ids, 1000), theirs.r_helpfulness_B)
+    torch.testing.assert_close(one.scores("helpfulness", ours.sequences.ids, 1000), theirs.raw["helpfulness"])
 
 
 def test_reward_model_of_another_tokenizer_is_refused(folders, tmp_path):

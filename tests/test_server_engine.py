@@ -51,7 +51,7 @@ def _no_waiting(monkeypatch):
 def connect(url: str, sampling: SamplingSettings | None = None, **extra) -> server_engine.Server:
     extra = {"server_max_retries": 2, "server_timeout": 5.0} | extra
     settings = RejectionSettings(
-        prompt_files=[], helpfulness_model_path="", safety_model_path="", server_url=url, **extra
+        prompt_files=[], helpfulness_model_path="h", safety_model_path="s", server_url=url, **extra
     )
     config = tiny_config(len(CHAT.tokenizer))
     return server_engine.Server(settings, "policy", CHAT, config, sampling or SamplingSettings(max_new_tokens=8))
