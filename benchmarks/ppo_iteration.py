@@ -187,8 +187,7 @@ def _rollout(
     return Rollout(
         prompts=[Prompt([], ids) for ids in prompts], responses=responses, sequences=sequences, stopped_B=no,
         logprobs_BR=found["logprobs"], reference_logprobs_BR=found["reference"], values_BR=found["values"],
-        r_helpfulness_B=found["r_helpfulness"], r_safety_B=found["r_safety"], scores_B=found["scores"],
-        safety_decides_B=no, seconds={},
+        raw={}, scores_B=found["scores"], safety_decides_B=None, seconds={},
     )  # fmt: skip
 
 

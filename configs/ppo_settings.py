@@ -121,7 +121,10 @@ class PPOSettings(ScoringSettings):
         default=None, metadata={"help": "Stop when the mean KL to the reference, in nats a response, passes this."}
     )
     save_steps: int = field(default=0, metadata={"help": "Iterations between checkpoints; 0: none."})
-    num_samples: int = field(default=4, metadata={"help": "Decoded responses written at each logging step."})
+    num_samples: int = field(
+        default=4,
+        metadata={"help": "Decoded responses written at each logging step, and to held-out prompts at evaluations."},
+    )
 
     @property
     def value_path(self) -> str:

@@ -1,13 +1,10 @@
-"""What a notebook shows of reward models: figures as PNG on white, tables of pairs and coloured tokens as HTML.
+"""What a notebook shows of reward models: scores along responses, tables of pairs, coloured tokens.
 
-Objects have `_repr_png_` and `_repr_html_`, which any notebook program asks for, so nothing of Jupyter is imported.
-Colours are see-through and text keeps the page's colour: readable on white and on dark pages. All text is escaped.
+Colours are see-through: readable on white and on dark pages. All text is escaped.
 """
 
 import html
-import io
 import math
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,46 +14,12 @@ from matplotlib.figure import Figure
 
 from configs.chat import Message
 from rlhf.inspect_reward import PairScores, RewardScorer, TokenPath, follow, share_below
+from rlhf.notebook_parts import Html, prompt_cell, table, text_cell
 from rlhf.plots import COLOURS, HELPFULNESS, SAFETY
 from rlhf.reward_figures import GREY, ON_WHITE
 
-DPI = 144
 RAISES, LOWERS = "63, 135, 201", "224, 123, 57"  # red, green, blue: told apart by colour-blind eyes too
 MOST_LABELS = 28  # of tokens under one panel, so that they do not touch
-SHOWN_CHARACTERS = 600  # of a message in a table
-
-
-class Html:
-    """A piece of HTML, shown as such."""
-
-    def __init__(self, text: str) -> None:
-        self.text = text
-
-    def _repr_html_(self) -> str:
-        return self.text
-
-
-class Picture:
-    """A figure as a PNG, sharp on screens of double density; a line of text where there was nothing to draw."""
-
-    def __init__(self, figure: Figure | None, missing: str = "Nothing to draw.") -> None:
-        self.png: bytes | None = None
-        self.missing = missing
-        if figure is not None:
-            buffer = io.BytesIO()
-            with mpl.rc_context(ON_WHITE), warnings.catch_warnings():
-                warnings.filterwarnings("ignore", message=".*missing from font")  # tokens of any script; HTML has them
-                figure.savefig(buffer, format="png", dpi=DPI, bbox_inches="tight", pad_inches=0.15)
-            self.png = buffer.getvalue()
-
-    def _repr_png_(self) -> tuple[bytes, dict[str, int]] | None:
-        if self.png is None:
-            return None
-        width = int.from_bytes(self.png[16:20], "big")  # of the PNG's header
-        return self.png, {"width": width * 72 // DPI * 4 // 3}
-
-    def __repr__(self) -> str:
-        return "a figure" if self.png else self.missing
 
 
 def token_paths(paths: Mapping[str, Mapping[str, TokenPath]]) -> Figure | None:
@@ -133,9 +96,9 @@ def pairs_table(pairs: PairScores, indices: Sequence[int], missing: str) -> Html
         row = pairs.rows[i]
         scores = [f"{pairs.chosen[name][i]:.2f},\u00a0{pairs.rejected[name][i]:.2f}" for name in pairs.chosen]
         facts = [_fact(row.get(name)) for name in known]
-        texts = [_prompt(row["prompt"]), *(_text(row[side][-1]["content"]) for side in ("chosen", "rejected"))]
+        texts = [prompt_cell(row["prompt"]), *(text_cell(row[side][-1]["content"]) for side in ("chosen", "rejected"))]
         lines.append([*texts, *map(html.escape, [*scores, *facts])])
-    return Html(_table(head, lines))
+    return Html(table(head, lines))
 
 
 def score_card(
@@ -154,30 +117,11 @@ def score_card(
         score = path.ended[-1]
         sigmoid = 1 / (1 + math.exp(-score)) if score > -700 else 0.0
         lines.append([html.escape(name), f"{score:.2f}", f"{sigmoid:.3f}", f"{share_below(score, others[name]):.0%}"])
-    table = _table(["model", "r", "R = sigmoid(r)", "test responses that score lower"], lines)
-    return Html(table + "".join(coloured_tokens(path, name).text for name, path in paths.items()))
-
-
-def _table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    style = 'style="text-align: left; vertical-align: top; white-space: normal; padding: 0.3em 0.6em"'
-    top = "".join(f"<th {style}>{cell}</th>" for cell in head)
-    body = "".join("<tr>" + "".join(f"<td {style}>{cell}</td>" for cell in line) + "</tr>" for line in lines)
-    return f"<table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table>"
+    scores = table(["model", "r", "R = sigmoid(r)", "test responses that score lower"], lines)
+    return Html(scores + "".join(coloured_tokens(path, name).text for name, path in paths.items()))
 
 
 def _fact(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.2f}"
     return "" if value is None else str(value).replace("_", " ")
-
-
-def _prompt(messages: Sequence[Mapping[str, str]]) -> str:
-    """The last user message; how many stand before it."""
-    before = len(messages) - 1
-    earlier = f"<i>after {before} earlier message{'s' * (before > 1)}</i><br>" if before else ""
-    return earlier + _text(messages[-1]["content"])
-
-
-def _text(text: str) -> str:
-    cut = text if len(text) <= SHOWN_CHARACTERS else text[: SHOWN_CHARACTERS - 1] + "…"
-    return html.escape(cut).replace("\n", "<br>")

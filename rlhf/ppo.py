@@ -17,6 +17,7 @@ Where the paper is silent (recipe sheet 10 has the sources):
 docs/ppo.md has the objective formula by formula.
 """
 
+import logging
 import shutil
 import sys
 import time
@@ -40,7 +41,7 @@ from configs.chat import load_chat_format
 from configs.errors import UserError
 from configs.model_settings import ModelSettings, RunSettings
 from configs.ppo_settings import PPOSettings
-from rlhf.advantages import explained_variance, moments
+from rlhf.alarms import Limits, check, spells
 from rlhf.checkpoint import (
     latest_step,
     load_checkpoint,
@@ -51,18 +52,20 @@ from rlhf.checkpoint import (
 )
 from rlhf.draw import sample_seeds
 from rlhf.hardware import peak_memory_mib, token_budget
-from rlhf.importance import sampler_figures
 from rlhf.kl_control import next_kl_coef
 from rlhf.models import data_fingerprint, load_tokenizer, model_card, save_policy, unwrap
+from rlhf.ppo_figures import decoded, gold_figures, rollout_figures, sampler_gap, time_figures, value_figures
 from rlhf.prompts import prompts_of, read_encoded
 from rlhf.load_roles import load_roles
 from rlhf.rollout import Rollout, advantages_and_returns, collect
 from rlhf.run import NOT_COMPARED, RunFolder, plain, saved_settings
 from rlhf.sampler import prompt_room
 from rlhf.samples import Prompt
-from rlhf.scoring import Scoring, applicable_mean
+from rlhf.scoring import Scoring
+from rlhf.summary import read_rows
 from rlhf.update import NotFinite, make_optimizer, update
 
+logger = logging.getLogger(__name__)
 BEST = "policy.safetensors"  # in best-<step>
 # Settings that a continued run may change: how long it runs, what it writes, and what stops steps that are not finite.
 ADJUSTABLE = (*NOT_COMPARED, "total_iterations", "save_steps", "num_samples", "learning_rate", "value_learning_rate",
@@ -100,7 +103,7 @@ class Run:
         self.optimizer = make_optimizer(self.roles, ppo)
         self.state: dict[str, Any] = {
             "step": 0, "skipped": 0, "best": None, "unit": None, "value_unit": None, "kl_coef": ppo.kl_coef,
-            "figures": {},
+            "figures": {}, "alarms": {},
         }  # fmt: skip
         self.folder_path = Path(run.output_dir)
 
@@ -134,10 +137,9 @@ class Run:
             self.state["skipped"],
         )  # fmt: skip
         done = time.perf_counter()
-        tokens = rollout.sequences.tokens * self.accelerator.num_processes
         if (step + 1) % self.settings.logging_steps == 0:
-            self.folder.samples(step + 1, self.decoded(rollout)[: self.ppo.num_samples])
-        means = self.figures(rollout, self.ppo.batch_size)
+            self.folder.samples(step + 1, decoded(rollout, self.ppo.num_samples, self.chat_format, "training"))
+        means = rollout_figures(rollout, self.ppo.batch_size, self.gathered)
         if self.ppo.kl_controller == "adaptive":
             self.state["kl_coef"] = next_kl_coef(
                 kl_coef, means["policy/kl"], float(self.ppo.kl_target or 0), self.ppo.batch_size, self.ppo.kl_horizon
@@ -145,29 +147,12 @@ class Run:
         return {
             **means,
             "policy/kl_coef": kl_coef,
-            **self.sampler_figures(rollout),
+            **sampler_gap(rollout, self.ppo.importance_cap, self.accelerator),
             **figures,
-            "value/explained_variance": self.explained_variance(rollout, returns_BR),
-            **{f"time/{name}": seconds for name, seconds in rollout.seconds.items()},
-            "time/update": done - collected,
-            "time/iteration": done - begin,
-            "time/tokens_per_second": tokens / (done - begin),
+            **value_figures(rollout, returns_BR, rollout.kept_mask_BR(self.ppo), self.accelerator),
+            **time_figures(rollout, begin, collected, done, self.accelerator.num_processes),
             "memory/peak_mib": peak_memory_mib(self.accelerator.device),
         }
-
-    def explained_variance(self, rollout: Rollout, returns_BR: torch.Tensor) -> float:
-        """How much of the returns the values foresaw, over the responses of all processes."""
-        mask_BR = rollout.kept_mask_BR(self.ppo)
-        own = [moments(x_BR, mask_BR) for x_BR in (returns_BR, returns_BR - rollout.values_BR)]
-        return explained_variance(*self.accelerator.reduce(torch.stack(own).to(mask_BR.device), "sum"))
-
-    def sampler_figures(self, rollout: Rollout) -> dict[str, float]:
-        """The sampler against the trainer where old log-probs are recomputed; else `policy/first_ratio_error` tells."""
-        if rollout.sampler_logprobs_BR is None:
-            return {}
-        mask_BR = rollout.sequences.response_mask_BR
-        columns = (rollout.logprobs_BR[mask_BR], rollout.sampler_logprobs_BR[mask_BR])
-        return sampler_figures(*columns, self.ppo.importance_cap, self.accelerator)
 
     def put_values_on_scale(self, rollout: Rollout) -> Rollout:
         """On the first iteration, the affine map of the module docstring, point 2; it then stays."""
@@ -183,57 +168,16 @@ class Run:
         values_BR = (rollout.values_BR - shift) / scale
         return replace(rollout, values_BR=torch.where(rollout.sequences.response_mask_BR, values_BR, 0.0))
 
-    def figures(self, rollout: Rollout, count: int) -> dict[str, float]:
-        """Rewards, KL and lengths of a rollout of `count` prompts, as means over the responses of all processes."""
-        columns = {"reward/combined": rollout.scores_B, "policy/kl": rollout.kl_BR.sum(1),
-                   "response/tokens": rollout.sequences.response_mask_BR.sum(1),
-                   "response/stopped": rollout.stopped_B}  # fmt: skip
-        columns |= {f"reward/{name}": rollout.raw[name] for name in self.scoring.models}
-        if rollout.safety_decides_B is not None:
-            columns["reward/safety_decides"] = rollout.safety_decides_B
-        functions = {f"reward/{name}": rollout.raw[name] for name in self.scoring.functions}
-        gathered = self.gathered(count, *columns.values(), *functions.values())
-        figures = dict(zip(columns, gathered.mean(0).tolist(), strict=False))
-        means = {name: applicable_mean(gathered[:, len(columns) + i].tolist()) for i, name in enumerate(functions)}
-        return figures | {name: mean for name, mean in means.items() if mean is not None}
-
-    def gold_figures(self, rollout: Rollout) -> dict[str, float]:
-        """What the simulated annotators would think of held-out responses: helpfulness of the answers to ordinary
-        prompts, safety of those to safety prompts. Shown only: neither `objective` nor any other choice reads it.
-        """
-        if self.ppo.gold == "none":
-            return {}
-        from rlhf.simulation.world import gold_helpfulness, gold_safety
-
-        texts = [self.chat_format.decode_response(response) for response in rollout.responses]
-        gold = [(gold_safety if prompt.is_safety else gold_helpfulness)(prompt.messages, text)
-                for prompt, text in zip(rollout.prompts, texts, strict=True)]  # fmt: skip
-        is_safety = torch.tensor([prompt.is_safety for prompt in rollout.prompts])
-        gold_N, is_safety_N = self.gathered(len(self.held_out), torch.tensor(gold), is_safety).unbind(1)
-        groups = {"eval/gold_helpfulness": gold_N[is_safety_N == 0], "eval/gold_safety": gold_N[is_safety_N == 1]}
-        return {name: float(values.mean()) for name, values in groups.items() if len(values)}
-
-    def decoded(self, rollout: Rollout) -> list[dict[str, Any]]:
-        """Readable responses with their scores and KL: the first place where reward hacking shows."""
-        kl_B = rollout.kl_BR.sum(1).tolist()
-        return [
-            {
-                "prompt": prompt.messages,
-                "response": self.chat_format.decode_response(response),
-                "is_safety": prompt.is_safety,
-                **{f"reward_{name}": float(scores_B[i]) for name, scores_B in rollout.raw.items()},
-                "reward_combined": float(rollout.scores_B[i]),
-                "kl_nats": kl_B[i],
-            }
-            for i, (prompt, response) in enumerate(zip(rollout.prompts, rollout.responses, strict=True))
-        ]
-
     def evaluate(self, step: int) -> dict[str, float]:
         """Held-out figures of the policy as it is; with `save_best`, keeps it where it is the best so far."""
+        begin = time.perf_counter()
         rollout = self.sample(self.held_out, self.settings.seed + EVALUATION, with_values=False)
         count = len(self.held_out)
-        figures = {f"eval/{name.split('/')[1]}": value for name, value in self.figures(rollout, count).items()}
-        figures |= self.gold_figures(rollout)
+        figures = rollout_figures(rollout, count, self.gathered)
+        figures = {f"eval/{name.split('/')[1]}": value for name, value in figures.items()}
+        if self.ppo.gold == "simulated":
+            figures |= gold_figures(rollout, count, self.chat_format, self.gathered)
+        self.folder.samples(step, decoded(rollout, self.ppo.num_samples, self.chat_format, "held_out"))
         scores = self.gathered(count, rollout.scores_B)
         if self.state["unit"] is None:
             self.state["unit"] = [float(scores.mean()), float(scores.std(unbiased=False).clamp(min=1e-3))]
@@ -246,7 +190,18 @@ class Run:
                 self.save_best(step)
                 if not self.ppo.save_steps:
                     self.drop_best(keep=step)
-        return {**figures, "eval/objective": objective}
+        return {**figures, "eval/objective": objective, "time/evaluation": time.perf_counter() - begin}
+
+    def watch(self, step: int, figures: dict[str, float]) -> None:
+        """Raise and clear the alarms of this step: on the console, in alarms.jsonl."""
+        bf16 = self.ppo.bf16 or any(p.dtype == torch.bfloat16 for p in self.roles.policy.model.parameters())
+        limits = Limits(len(self.held_out), bf16, self.ppo.max_kl_nats)
+        self.state["alarms"], alarms = check(self.state["alarms"], step, figures, limits)
+        self.folder.alarms(step, [alarm.row() for alarm in alarms])
+        if self.accelerator.is_main_process:
+            with tqdm.external_write_mode(file=sys.stderr):  # else the bar and the warning share a line
+                for alarm in alarms:
+                    logger.warning("ppo, iteration %d, %s: %s", alarm.step, alarm.name, alarm.text)
 
     def save_model(self, name: str, results: dict[str, Any]) -> None:
         """Write the policy to `output_dir/name`, whole or not at all."""
@@ -332,11 +287,14 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
     run = Run(ppo, model_settings, run_settings, folder)
     first = run.resume()
     if first == 0 and run.held_out:
-        folder.log(0, run.evaluate(0))
+        figures = run.evaluate(0)
+        folder.log(0, figures)
+        run.watch(0, figures)
 
     last = first if run.over_cap() else ppo.total_iterations  # killed after its last checkpoint, before its summary
-    for step in tqdm(range(first + 1, last + 1), desc="ppo", initial=first, total=last,
-                     disable=not run.accelerator.is_main_process):  # fmt: skip
+    bar = tqdm(range(first + 1, last + 1), desc="ppo", initial=first, total=last,
+               disable=not run.accelerator.is_main_process)  # fmt: skip
+    for step in bar:
         try:
             figures = run.iterate(step - 1)
         except NotFinite:
@@ -350,6 +308,8 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
             figures |= run.evaluate(step)
         if step % run_settings.logging_steps == 0 or at_end or "eval/objective" in figures:
             folder.log(step, figures)
+        bar.set_postfix(reward=f"{figures['reward/combined']:.3g}", kl=f"{figures['policy/kl']:.3g}", refresh=False)
+        run.watch(step, figures)
         if ppo.save_steps and step % ppo.save_steps == 0:
             run.checkpoint(step)
         if at_end:
@@ -360,7 +320,8 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
     stopped_by = "max_kl_nats" if run.over_cap() else "total_iterations"
     seconds = time.perf_counter() - begin
     summary = folder.finish({"iterations": state["step"], "stopped_by": stopped_by, "best": state["best"],
-                             **state["figures"], "seconds": seconds})  # fmt: skip
+                             **state["figures"], "alarms": spells(read_rows(run.folder_path, "alarms.jsonl")),
+                             "seconds": seconds})  # fmt: skip
     run.drop_best(keep=None)
     return summary
 

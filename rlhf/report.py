@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from rlhf import plots
+from rlhf.alarms import spells
 from rlhf.report_page import COLUMNS, cell, families_text, goal_texts, page
 from rlhf.run import write_atomic
 from rlhf.summary import STAGES, build, read_rows
@@ -41,9 +42,12 @@ def write(output_dir: Path, wall_seconds: float, console: Console) -> dict[str, 
     summary = build(output_dir, wall_seconds)
     text = json.dumps(summary, indent=2, ensure_ascii=False, allow_nan=False)
     write_atomic(output_dir / "summary.json", text + "\n")
+    alarms = spells(read_rows(output_dir / "ppo", "alarms.jsonl"))
     samples = sample_dialogues(output_dir)
     write_atomic(output_dir / "report.html", page(output_dir, summary, samples))
     show(summary, samples, console)
+    for alarm in alarms:
+        console.print(Text(f"PPO, iteration {alarm['step']}, {alarm['alarm']}: {alarm['text']}", style="red"))
     console.print(f"\nWritten: {output_dir / 'summary.json'} and {output_dir / 'report.html'}", markup=False)
     return summary
 

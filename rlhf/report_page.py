@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from matplotlib.figure import Figure
 
 from rlhf import plots
+from rlhf.alarms import spells
 from rlhf.summary import STAGES, read_json, read_rows, read_settings
 
 
@@ -250,13 +251,24 @@ def _rejection_sampling(output_dir: Path) -> str:
 
 
 def _ppo(output_dir: Path) -> str:
-    return _figure(
+    return _alarms(output_dir) + _figure(
         plots.ppo_curves(read_rows(output_dir / "ppo", "metrics.jsonl")),
         "ppo",
         "PPO as it went: the reward it maximises, and the KL divergence from the reference policy that it pays for. "
         "Where true helpfulness falls while the reward rises, the policy exploits the reward model.",
         "There was no PPO in this run.",
     )
+
+
+def _alarms(output_dir: Path) -> str:
+    """What PPO warned of; nothing where it was silent."""
+    lines = [
+        f"<li><b>Iteration {alarm['step']}, {escape(alarm['alarm'])}</b>"
+        + (f" (until {alarm['cleared']})" if alarm["cleared"] is not None else "")
+        + f": {escape(alarm['text'])}</li>"
+        for alarm in spells(read_rows(output_dir / "ppo", "alarms.jsonl"))
+    ]
+    return f'<h3 class="missed">Alarms</h3><ul>{"".join(lines)}</ul>' if lines else ""
 
 
 def _ghost_attention(output_dir: Path, summary: Mapping[str, Any]) -> str:

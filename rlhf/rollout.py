@@ -99,7 +99,7 @@ def collect(
         prompts = [prompt for prompt in prompts for _ in range(k)]
         responses = batch.response_ids
         sampled = time.perf_counter()
-        texts = [chat_format.decode_response(response) for response in responses]
+        texts = [chat_format.decode_response(response) for response in responses] if ppo.reward_functions else []
         scored = (scoring or Scoring(ppo)).scores(
             lambda name, dialogues: roles.scores(name, dialogues, ppo.token_budget, k), prompts, responses, texts
         )

@@ -2,6 +2,7 @@
 
     settings.yaml      the resolved settings           environment.json   versions, platform, commit
     metrics.jsonl      one object a logged step         samples.jsonl      decoded samples with scores
+    alarms.jsonl       warnings of PPO, raised and cleared (where there were any)
     summary.json       written last and atomically: its presence means that the stage is complete
 
 Only the main process writes. Metrics also go to the trackers named by `report_to`.
@@ -39,7 +40,7 @@ class RunFolder:
         settings: the resolved settings, flat.
         stage: the stage's name, put into the summary and used as the tracker's project.
         resume_step: the step of the checkpoint that the stage continues from (0: a fresh start). Lines of
-            metrics.jsonl and samples.jsonl past it are dropped, because these steps will be run again.
+            metrics.jsonl, samples.jsonl and alarms.jsonl past it are dropped, because these steps will be run again.
     """
 
     def __init__(self, output_dir: str | Path, settings: Mapping[str, Any], stage: str, resume_step: int = 0) -> None:
@@ -64,7 +65,7 @@ class RunFolder:
 
     def _begin(self, resume_step: int) -> None:
         (self.path / "summary.json").unlink(missing_ok=True)
-        for name in ("metrics.jsonl", "samples.jsonl"):
+        for name in ("metrics.jsonl", "samples.jsonl", "alarms.jsonl"):
             _drop_steps_after(self.path / name, resume_step)
         write_atomic(self.path / "settings.yaml", yaml.safe_dump(self.settings, sort_keys=False, allow_unicode=True))
 
@@ -110,6 +111,11 @@ class RunFolder:
         """Append decoded samples with their scores to samples.jsonl."""
         if self.is_main:
             _append(self.path / "samples.jsonl", [{"step": step, **plain(row)} for row in rows])
+
+    def alarms(self, step: int, rows: list[dict[str, Any]]) -> None:
+        """Append warnings to alarms.jsonl."""
+        if self.is_main and rows:
+            _append(self.path / "alarms.jsonl", [{"step": step, **plain(row)} for row in rows])
 
     def finish(self, summary: Mapping[str, Any]) -> dict[str, Any]:
         """Close the trackers, then write summary.json atomically. Returns what was written."""

@@ -14,6 +14,7 @@ from configs.errors import UserError
 from reward.scorer import score_ids
 from rlhf import inspect_reward as inspect
 from rlhf import notebook_views as views
+from rlhf.notebook_parts import Picture
 
 TEXT = "A naïve 猫 costs $5, not $6.\n<b>cat</b>"
 
@@ -189,12 +190,12 @@ def test_figures_become_pictures_on_white(scorer, recwarn):
     names = [label.get_text() for label in short.get_xticklabels()]
     assert names[-2:] == ["猫", "␣"]
     assert not any(label.get_parse_math() for label in long.get_xticklabels())  # "$5, not $6" is no formula
-    png, size = views.Picture(figure)._repr_png_()
+    png, size = Picture(figure)._repr_png_()
     assert png.startswith(b"\x89PNG")
     assert 900 < size["width"] < 1100  # CSS pixels of 10 inches, cut to what is drawn
     assert figure.get_facecolor() == (1.0, 1.0, 1.0, 1.0)
     assert [str(warning.message) for warning in recwarn] == []  # no noise about characters that the font lacks
-    empty = views.Picture(views.token_paths({}), "Nothing here.")
+    empty = Picture(views.token_paths({}), "Nothing here.")
     assert empty._repr_png_() is None
     assert repr(empty) == "Nothing here."
 

@@ -3,15 +3,18 @@
 import os
 import random
 import re
+import shutil
 from pathlib import Path
 
 import nbformat
 import pytest
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
+from tiny_models import prompt_rows, save_tiny_policy, save_tiny_reward_model, write_rows
 
 from configs.records import write_jsonl
 from reward.model import create_reward_model, save_reward_model
+from rlhf import ppo
 from rlhf.collect_preferences import annotate_pairs
 from rlhf.models import load_tokenizer
 from rlhf.simulation.people import Mix, demonstrate, draw_dialogue
@@ -63,9 +66,9 @@ def run(tmp_path_factory):
     return folder
 
 
-def execute(**environment: str) -> nbformat.NotebookNode:
-    """reward_scores.ipynb, executed in its own folder as Jupyter does it, without a network or display."""
-    notebook = nbformat.read(ROOT / "notebooks/reward_scores.ipynb", as_version=4)
+def execute(name: str = "reward_scores", **environment: str) -> nbformat.NotebookNode:
+    """A notebook, executed in its own folder as Jupyter does it, without a network or display."""
+    notebook = nbformat.read(ROOT / f"notebooks/{name}.ipynb", as_version=4)
     own = {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     resources = {"metadata": {"path": str(ROOT / "notebooks")}}
     client = NotebookClient(notebook, timeout=300, kernel_name="python3", resources=resources)
@@ -103,3 +106,50 @@ def test_the_reward_notebook_takes_one_model_and_says_what_is_missing(run):
     assert "Traceback" not in caught.value.traceback
     last = caught.value.traceback.strip().splitlines()[-1]
     assert last.startswith("error: there is no reward model at runs/none/reward_helpfulness. Run `make demo`")
+
+
+@pytest.fixture(scope="module")
+def ppo_runs(tmp_path_factory):
+    """A PPO run of two iterations, and the same run as it is while it writes a line of its third."""
+    root = tmp_path_factory.mktemp("ppo")
+    prompts = [write_rows(root / f"{name}.jsonl", prompt_rows(8, seed)) for seed, name in enumerate(("train", "test"))]
+    models = [save_tiny_reward_model(root / name, seed) for seed, name in enumerate(("helpfulness", "safety"))]
+    ppo.main(["--model_name_or_path", save_tiny_policy(root / "policy"), "--helpfulness_model_path", models[0],
+              "--safety_model_path", models[1], "--prompt_files", prompts[0], "--eval_prompt_file", prompts[1],
+              "--output_dir", str(root / "finished"), "--use_cpu", "true", "--logging_steps", "1", "--batch_size", "8",
+              "--mini_batch_size", "8", "--max_new_tokens", "6", "--total_iterations", "2",
+              "--eval_steps", "1"])  # fmt: skip
+    shutil.copytree(root / "finished", root / "running")
+    (root / "running" / "summary.json").unlink()
+    for name in ("metrics", "samples"):
+        with (root / "running" / f"{name}.jsonl").open("a") as file:
+            file.write('{"step": 3, "reward/com')
+    alarm = {"step": 2, "alarm": "kl_high", "event": "raised", "text": "far <b>away</b>"}
+    write_rows(root / "running" / "alarms.jsonl", [alarm])
+    return root
+
+
+def test_the_ppo_notebook_shows_a_finished_run_beside_one_that_goes_on(ppo_runs):
+    notebook = execute("ppo_run", RUNS=f"{ppo_runs / 'finished'},{ppo_runs / 'running'}", PROMPTS="2")
+    assert len(outputs(notebook, "image/png")) == 5  # rewards, frontier, policy, responses, time; nobody judges here
+    (said,) = outputs(notebook, "stdout")
+    assert "finished: finished after 2 of 2 iterations" in said
+    assert "running: 2 of 2 iterations, not finished" in said
+    alarms, over_time, latest, times = outputs(notebook, "text/html")
+    assert "far &lt;b&gt;away&lt;/b&gt;" in alarms
+    assert over_time.count("<table>") == 2
+    assert "iteration 0</th>" in over_time
+    assert "iteration 2</th>" in over_time
+    assert latest.count("<tr>") == 1 + 2 * 4
+    assert "MiB" in times
+    assert "Neither judge nor true score was logged." in outputs(notebook, "text/plain")
+    assert outputs(notebook, "stderr") == [""]
+
+
+@pytest.mark.slow
+def test_the_ppo_notebook_says_what_is_missing():
+    with pytest.raises(CellExecutionError) as caught:
+        execute("ppo_run", RUNS="runs/none")
+    assert "Traceback" not in caught.value.traceback
+    last = caught.value.traceback.strip().splitlines()[-1]
+    assert last.startswith("error: there is no PPO run at runs/none. Run `make demo`")

@@ -21,6 +21,7 @@ from configs.chat import load_chat_format
 from configs.errors import UserError
 from configs.model_settings import ModelSettings
 from configs.ppo_settings import PPOSettings
+from rlhf import alarms
 from rlhf import ppo as ppo_script
 from rlhf import update as update_module
 from rlhf.hardware import FLOAT_ATTENTION, token_budget
@@ -431,13 +432,24 @@ def test_main_writes_the_run_folder(paths, tmp_path):
     rows = metrics(tmp_path)
     wanted = {"reward/combined", "reward/helpfulness", "reward/safety", "reward/safety_decides", "policy/kl",
               "policy/entropy", "policy/clip_fraction", "value/explained_variance", "response/tokens",
-              "response/stopped", "policy/first_ratio_error"}  # fmt: skip
+              "response/stopped", "policy/first_ratio_error", "reward/helpfulness_std", "response/tokens_p95",
+              "response/repetition"}  # fmt: skip
     assert wanted <= rows[1].keys()
     assert [row["step"] for row in rows] == [0, 1, 2]
     assert rows[0]["eval/kl"] == pytest.approx(0.0, abs=1e-3)
     assert rows[0]["eval/objective"] == pytest.approx(0, abs=1e-3)
     samples = [json.loads(line) for line in Path(tmp_path, "samples.jsonl").read_text().splitlines()]
     assert {"response", "reward_helpfulness", "reward_safety", "kl_nats"} <= samples[0].keys()
+    held_out = [row for row in samples if row["split"] == "held_out"]
+    assert [row["step"] for row in held_out] == [0] * 4 + [2] * 4
+    assert [row["prompt"] for row in held_out[:4]] == [row["prompt"] for row in held_out[4:]]
+    assert [row["step"] for row in samples if row["split"] == "training"] == [1] * 4 + [2] * 4
+    raw = [json.loads(line) for line in Path(tmp_path, "metrics.jsonl").read_text().splitlines()]
+    assert "time/evaluation" in raw[0]
+    phases = {"time/sample", "time/reward", "time/recompute", "time/reference", "time/value", "time/update",
+              "time/sampled_tokens_per_second", "memory/peak_mib"}  # fmt: skip
+    assert phases <= raw[1].keys()
+    assert summary["alarms"] == []
     assert summary["iterations"] == 2
     assert summary["stopped_by"] == "total_iterations"
     assert run_ppo(paths, tmp_path, total=2) == summary  # complete: not run again
@@ -455,6 +467,7 @@ ADAPTIVE = ("--kl_controller", "adaptive", "--kl_target", "0.001", "--kl_horizon
 @pytest.mark.parametrize("extra", [(), ("--use_peft", "true", "--lora_r", "4"), ADAPTIVE])
 def test_a_killed_run_continues_bit_for_bit(paths, tmp_path, monkeypatch, extra):
     paths = of_objective(paths, extra)
+    monkeypatch.setattr(alarms, "KL_NEGATIVE", 10.0)  # raised at iteration 1, and not again after the resumption
     run_ppo(paths, tmp_path / "straight", *extra)
     real = ppo_script.Run.iterate
 
@@ -469,6 +482,10 @@ def test_a_killed_run_continues_bit_for_bit(paths, tmp_path, monkeypatch, extra)
     monkeypatch.setattr(ppo_script.Run, "iterate", real)
     run_ppo(paths, tmp_path / "killed", *extra)
     assert metrics(tmp_path / "straight") == metrics(tmp_path / "killed")
+    for name in ("alarms.jsonl", "samples.jsonl"):
+        assert Path(tmp_path, "straight", name).read_text() == Path(tmp_path, "killed", name).read_text()
+    raised = [json.loads(line) for line in Path(tmp_path, "killed", "alarms.jsonl").read_text().splitlines()]
+    assert [(row["step"], row["alarm"]) for row in raised] == [(1, "kl_negative")]
     assert torch.equal(final_weights(tmp_path / "straight"), final_weights(tmp_path / "killed"))
     assert [p.name for p in (tmp_path / "killed").glob("checkpoint-*")] == ["checkpoint-4"]
     check_kl_coef(metrics(tmp_path / "killed"), extra == ADAPTIVE)
@@ -531,6 +548,18 @@ def test_the_kl_cap_stops_and_the_best_held_out_policy_is_kept(paths, tmp_path, 
     assert summary["iterations"] < 40
 
 
+def test_alarms_are_said_and_kept(paths, tmp_path, caplog):
+    summary = run_ppo(paths, tmp_path, "--max_kl_nats", "0.000001", "--learning_rate", "0.01", total=20)
+    (alarm,) = [alarm for alarm in summary["alarms"] if alarm["alarm"] == "kl_high"]
+    assert alarm["step"] == summary["iterations"]
+    assert alarm["cleared"] is None
+    assert f"ppo, iteration {alarm['step']}, kl_high: {alarm['text']}" in caplog.text
+    again = run_ppo(paths, tmp_path, "--max_kl_nats", "0.000001", "--learning_rate", "0.01", total=20)
+    assert again == summary
+    run_ppo(paths, tmp_path, "--resume", "false", total=1)  # another run in the same folder starts without
+    assert Path(tmp_path, "alarms.jsonl").read_text() == ""
+
+
 def test_gold_is_logged_by_kind_of_prompt_and_chooses_nothing(paths, tmp_path, monkeypatch):
     from rlhf.simulation import world
 
@@ -543,6 +572,8 @@ def test_gold_is_logged_by_kind_of_prompt_and_chooses_nothing(paths, tmp_path, m
     for step in (0, 2):
         assert gold[step].pop("eval/gold_helpfulness") == pytest.approx((1 + 2 + 3 + 5 + 6 + 7 + 9) / 70)
         assert gold[step].pop("eval/gold_safety") == pytest.approx(1 / 3)
+        assert gold[step].pop("eval/gold_safety_se") == pytest.approx((1 / 3 * 2 / 3 / 3) ** 0.5)
+        assert gold[step].pop("eval/gold_helpfulness_se") > 0
     assert gold == none  # everything else, the objective included, is what it was
 
 

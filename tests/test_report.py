@@ -337,6 +337,22 @@ def test_page_is_whole_and_loads_nothing(finished: Finished):
     assert "#010203" not in finished.page
 
 
+def test_alarms_of_ppo_are_listed(finished: Finished, tmp_path: Path):
+    assert "Alarms" not in finished.page
+    assert "Iteration" not in finished.out.getvalue()
+    rows = [
+        {"step": 3, "alarm": "kl_high", "event": "raised", "text": f"far {ATTACK}"},
+        {"step": 7, "alarm": "kl_high", "event": "cleared", "text": "back"},
+        {"step": 9, "alarm": "length", "event": "raised", "text": "Responses grew"},
+    ]
+    put(tmp_path / "ppo", "alarms.jsonl", rows)
+    alarmed = Finished(tmp_path)
+    assert "<b>Iteration 3, kl_high</b> (until 7): far &lt;script" in alarmed.page
+    assert "<b>Iteration 9, length</b>: Responses grew" in alarmed.page
+    assert "<script" not in alarmed.page
+    assert "PPO, iteration 9, length: Responses grew" in alarmed.out.getvalue()
+
+
 def test_what_models_write_is_escaped(finished: Finished):
     assert "<script" not in finished.page.lower()
     assert finished.page.count("&lt;script src=&quot;https://evil.example/x.js&quot;&gt;") >= 5 * 3  # stages x samples
