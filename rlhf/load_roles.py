@@ -16,6 +16,7 @@ from reward.attention import use_tree_attention
 from reward.model import BorrowedBackbone, create_reward_model, load_reward_model
 from rlhf import sharding
 from rlhf.hardware import attend_in_float32
+from rlhf.judge import HELPFULNESS, SAFETY
 from rlhf.models import freeze_embeddings, load_base, load_policy, lora_config, resolve_dtype, unwrap
 from rlhf.roles import Role, Roles, check_plain_head
 
@@ -53,8 +54,9 @@ def load_roles(ppo: PPOSettings, model_settings: ModelSettings, tokenizer: Any, 
 
 
 def reward_paths(ppo: PPOSettings) -> dict[str, str]:
-    """The reward models by the fields that name them."""
-    return {f"{name}_model_path": getattr(ppo, f"{name}_model_path") for name in ("helpfulness", "safety")}
+    """The reward models by the fields that name them, and the held-out judge's where there is one."""
+    names = ("helpfulness", "safety", *((HELPFULNESS, SAFETY) if ppo.judge_helpfulness_model_path else ()))
+    return {f"{name}_model_path": getattr(ppo, f"{name}_model_path") for name in names}
 
 
 class _Loader:
