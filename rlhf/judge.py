@@ -39,7 +39,13 @@ class Judgement:
 
 
 def load_judges(
-    helpfulness_path: str, safety_path: str, tokenizer: Any, dtype: torch.dtype, attention: str, device: Any, bf16: bool
+    helpfulness_path: str,
+    safety_path: str,
+    tokenizer: Any,
+    dtype: torch.dtype,
+    attention: str = "sdpa",
+    device: Any = "cpu",
+    bf16: bool = False,
 ) -> dict[str, Any]:
     """Both models by name, frozen. UserError where one has another tokenizer than the policy."""
     judges = {}
@@ -83,7 +89,11 @@ def held_out_figures(columns_B4: Tensor, start_B2: Sequence[Sequence[float]]) ->
 
 
 def compare(
-    before_PK: PerPrompt, after_PK: PerPrompt, before_tokens_PK: PerPrompt, after_tokens_PK: PerPrompt
+    before_PK: PerPrompt,
+    after_PK: PerPrompt,
+    before_tokens_PK: PerPrompt,
+    after_tokens_PK: PerPrompt,
+    seed: int = 0,
 ) -> dict[str, Any]:
     """What the judge thinks of a later policy beside an earlier one, from combined scores and lengths on P prompts.
 
@@ -96,10 +106,10 @@ def compare(
         extra_tokens        mean length of the later responses less that of the earlier
 
     The first three of these have a 95 % interval beside them in "ci95"; the improvement's is of a paired bootstrap
-    over prompts. ValueError where the lists do not name the same number of prompts, or none.
+    over prompts, seeded by `seed`. ValueError where the lists do not name the same number of prompts, or none.
     """
     before_P, after_P = [list(map(fmean, scores)) for scores in (before_PK, after_PK)]
-    improvement, improvement_interval = paired_bootstrap(before_P, after_P)
+    improvement, improvement_interval = paired_bootstrap(before_P, after_P, seed=seed)
     preferences_P = [
         fmean(outcome(later, earlier) for later in after for earlier in before)
         for before, after in zip(before_PK, after_PK, strict=True)

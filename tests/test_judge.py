@@ -1,5 +1,6 @@
 """The held-out judge: win rates against brute force and by hand, what it chooses in PPO, the gate."""
 
+import json
 import math
 
 import numpy as np
@@ -9,11 +10,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_ppo import final_weights, metrics, run_ppo
 from tiny_models import prompt_rows, save_tiny_policy, save_tiny_reward_model, tiny_tokenizer, write_rows
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from configs.chat import load_chat_format
 from configs.errors import UserError
+from configs.gate_settings import GateSettings
 from configs.intervals import Z_95
 from configs.ppo_settings import PPOSettings
+from rlhf import gate as gate_script
+from rlhf import pipeline
 from rlhf import ppo as ppo_script
 from rlhf.judge import compare, judge
 from rlhf.roles import Roles
@@ -279,3 +284,150 @@ def test_mistakes_about_the_judge_are_named(paths, tmp_path):
     tokenizer.save_pretrained(other)
     with pytest.raises(UserError, match="judge_safety_model_path: .* another tokenizer"):
         run_ppo({**paths, "judge_safety": other}, tmp_path / "run", *with_judge({**paths, "judge_safety": other}))
+
+
+def response_rows(responses):
+    """Rows as rlhf/evaluate_policy.py writes them, one response a prompt."""
+    chat = load_chat_format(tiny_tokenizer())
+    rows = []
+    for i, text in enumerate(responses):
+        prompt = [{"role": "user", "content": f"{i} the cat"}]
+        ids = chat.encode_dialogue([*prompt, {"role": "assistant", "content": text}]).input_ids
+        ids = ids[len(chat.encode_prompt(prompt)) :]
+        rows.append({"prompt": prompt, "is_safety": i % 3 == 0, "responses": [text], "response_ids": [ids]})
+    return rows
+
+
+def gate(paths, folder, before, after, *extra):
+    files = [write_rows(folder / f"{name}.jsonl", rows) for name, rows in (("before", before), ("after", after))]
+    return gate_script.main(
+        ["--before_file", files[0], "--after_file", files[1], "--output_dir", str(folder / "gate"), "--use_cpu", "true",
+         "--judge_helpfulness_model_path", paths["judge_helpfulness"],
+         "--judge_safety_model_path", paths["judge_safety"], *extra]
+    )  # fmt: skip
+
+
+@pytest.fixture
+def liking_dogs(monkeypatch):
+    """A judge whose score is 2 for a response with the word dog, 0 without, plus a hundredth a token."""
+    dog = tiny_tokenizer().encode(" dog", add_special_tokens=False)
+
+    def score_ids(model, id_lists, token_budget):
+        found = [any(list(ids[i : i + len(dog)]) == dog for i in range(len(ids))) for ids in id_lists]
+        return torch.tensor([2.0 * f + 0.01 * len(ids) for f, ids in zip(found, id_lists, strict=True)])
+
+    monkeypatch.setattr(gate_script, "score_ids", score_ids)
+
+
+CATS, DOGS = ["a cat runs"] * 30, ["a dog runs"] * 30
+
+
+def test_the_gate_scores_as_the_models_do(paths, tmp_path):
+    before, after = response_rows(CATS[:6]), response_rows(["the house sleeps"] * 6)
+    summary = gate(paths, tmp_path, before, after, "--on_failure", "warn")
+    helpfulness, safety = (
+        AutoModelForSequenceClassification.from_pretrained(paths[name])
+        for name in ("judge_helpfulness", "judge_safety")
+    )
+    chat, means = load_chat_format(tiny_tokenizer()), []
+    for rows in (before, after):
+        scores = []
+        for row in rows:
+            ids = torch.tensor([chat.encode_prompt(row["prompt"]) + row["response_ids"][0]])
+            with torch.no_grad():
+                r_h, r_s = (m.score(m.model(ids).last_hidden_state[0, -1]).item() for m in (helpfulness, safety))
+            scores.append(r_s if row["is_safety"] or 1 / (1 + math.exp(-r_s)) < 0.15 else r_h)
+        means.append(sum(scores) / 6)
+    assert [summary["all"]["before"], summary["all"]["after"]] == pytest.approx(means, abs=1e-4)
+    assert summary["all"]["improvement"] == pytest.approx(means[1] - means[0], abs=1e-4)
+    assert [summary[kind]["prompts"] for kind in ("all", "helpfulness", "safety")] == [6, 4, 2]
+    assert gate(paths, tmp_path, before, after, "--on_failure", "warn") == summary  # complete: not run again
+
+
+def test_an_improvement_opens_the_gate_in_any_order_of_rows(paths, tmp_path, liking_dogs):
+    before, after = response_rows(CATS), response_rows(DOGS)
+    summary = gate(paths, tmp_path, before, after[::-1])
+    assert (summary["passed"], summary["reasons"]) == (True, [])
+    # 2 for the dog; cat and dog are words of as many tokens or nearly so
+    assert summary["all"]["improvement"] == pytest.approx(2, abs=0.05)
+    assert summary["all"]["win_rate"] == 1
+    assert json.loads((tmp_path / "gate" / "verdict.json").read_text())["passed"]
+
+
+def test_a_shut_gate_has_no_summary_and_opens_once_the_policy_is_better(paths, tmp_path, liking_dogs, capsys):
+    before, after = response_rows(DOGS), response_rows(CATS)
+    for require in ("improvement", "no_regression"):
+        with pytest.raises(UserError, match=r"all prompts: improvement -2.*is below 0.*safety prompts: .* win rate"):
+            gate(paths, tmp_path, before, after, "--require", require)
+        assert not (tmp_path / "gate" / "summary.json").exists()
+        verdict = json.loads((tmp_path / "gate" / "verdict.json").read_text())
+        assert not verdict["passed"]
+        assert len(verdict["reasons"]) == 6
+    warned = gate(paths, tmp_path, before, after, "--on_failure", "warn")
+    assert not warned["passed"]
+    assert "helpfulness prompts" in capsys.readouterr().out
+    assert gate(paths, tmp_path, before, response_rows(DOGS), "--require", "no_regression")["passed"]
+
+
+def test_nothing_gained_is_no_improvement_and_no_regression(paths, tmp_path, liking_dogs):
+    rows = response_rows(CATS)
+    with pytest.raises(UserError, match="improvement 0.000 .* is not surely above 0; .* is not surely above 0.5"):
+        gate(paths, tmp_path, rows, rows)
+    assert gate(paths, tmp_path, rows, rows, "--require", "no_regression")["passed"]
+    with pytest.raises(UserError, match="win rate 0.500 .* is below 0.9"):
+        gate(paths, tmp_path, rows, rows, "--require", "no_regression", "--min_win_rate", "0.9")
+
+
+def test_a_gain_on_one_kind_does_not_pay_for_the_other(paths, tmp_path, liking_dogs):
+    # Two of three prompts are for helpfulness and won, the safety prompts are lost: better overall, and refused.
+    before = [DOGS[0] if i % 3 == 0 else CATS[0] for i in range(60)]
+    after = [CATS[0] if i % 3 == 0 else DOGS[0] for i in range(60)]
+    with pytest.raises(UserError, match="; safety prompts: improvement -2"):
+        gate(paths, tmp_path, response_rows(before), response_rows(after))
+
+
+def test_a_shut_gate_stops_a_pipeline_without_a_traceback_and_is_tried_again(paths, tmp_path, capsys):
+    rows = response_rows(CATS)
+    files = [write_rows(tmp_path / f"{name}.jsonl", rows) for name in ("before", "after")]
+    settings = {"before_file": files[0], "after_file": files[1], "use_cpu": True,
+                "judge_helpfulness_model_path": paths["judge_helpfulness"],
+                "judge_safety_model_path": paths["judge_safety"]}  # fmt: skip
+
+    def config(**changes):
+        stages = [{"name": "gate", "run": "gate", "settings": settings | changes}]
+        return write_rows(tmp_path / "pipeline.yaml", [{"stages": stages, "output_dir": str(tmp_path / "run")}])
+
+    with pytest.raises(UserError, match="the gate stays shut"):
+        pipeline.main(["--config", config()])
+    with pytest.raises(UserError, match="the gate stays shut"):
+        pipeline.main(["--config", config()])
+    pipeline.main(["--config", config(require="no_regression")])
+    assert (tmp_path / "run" / "gate" / "summary.json").exists()
+    with pytest.raises(UserError, match=r"stage gate: after_file: .*nowhere\.jsonl does not exist"):
+        pipeline.main(["--config", config(after_file="nowhere.jsonl")])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda rows: rows[1:], "different prompts: 1 are in the first only, 0 in the second"),
+        (lambda rows: [rows[0] | {"is_safety": False}, *rows[1:]], "different prompts: 1 are .* 1 in the second"),
+        (lambda rows: [*rows, rows[0]], "different prompts: 0 are in the first only, 1 in"),
+        (lambda rows: [{k: v for k, v in rows[0].items() if k != "response_ids"}], "after.jsonl:1 has no response_ids"),
+        (lambda rows: [rows[0] | {"responses": ["something else"]}, *rows[1:]], "after_file: .* another tokenizer"),
+        (lambda rows: [], "has no rows"),
+    ],
+)
+def test_files_that_do_not_belong_together_are_refused(paths, tmp_path, change, message):
+    rows = response_rows(CATS[:4])
+    with pytest.raises(UserError, match=message):
+        gate(paths, tmp_path, rows, change(rows))
+
+
+def test_settings_of_the_gate_out_of_range():
+    needed = dict.fromkeys(
+        ("output_dir", "before_file", "after_file", "judge_helpfulness_model_path", "judge_safety_model_path"), "x"
+    )
+    for name, value in (("min_win_rate", 1.0), ("safety_threshold", 0.0), ("score_token_budget", 0)):
+        with pytest.raises(UserError, match=name):
+            GateSettings(**needed, **{name: value})
