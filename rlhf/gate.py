@@ -159,7 +159,7 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
         ModelSettings(model_name_or_path=settings.judge_helpfulness_model_path, dtype=settings.dtype), trainable=False
     )
     paths = settings.judge_helpfulness_model_path, settings.judge_safety_model_path
-    models = load_judges(*paths, tokenizer, dtype, device=device)
+    models = load_judges(*paths, tokenizer, dtype, device)
     chat = load_chat_format(tokenizer, settings.chat_format)
     run = RunFolder(settings.output_dir, resolved, "gate")
     judged(before, models, chat, settings, "before_file")

@@ -20,7 +20,6 @@ from reward.combine import combined_reward
 from reward.metrics import outcome
 from reward.model import load_reward_model
 from rlhf.estimates import paired_bootstrap
-from rlhf.hardware import attend_in_float32
 from rlhf.rejection_sampling import check_same_tokenizer
 from rlhf.win_rates import length_controlled_win_rate, win_rate
 
@@ -39,21 +38,13 @@ class Judgement:
 
 
 def load_judges(
-    helpfulness_path: str,
-    safety_path: str,
-    tokenizer: Any,
-    dtype: torch.dtype,
-    attention: str = "sdpa",
-    device: Any = "cpu",
-    bf16: bool = False,
+    helpfulness_path: str, safety_path: str, tokenizer: Any, dtype: torch.dtype, device: Any
 ) -> dict[str, Any]:
-    """Both models by name, frozen. UserError where one has another tokenizer than the policy."""
+    """Both models by name, on `device`. UserError where one has another tokenizer than that given."""
     judges = {}
     for name, path in ((HELPFULNESS, helpfulness_path), (SAFETY, safety_path)):
         check_same_tokenizer(tokenizer, path, f"{name}_model_path")
-        judges[name] = load_reward_model(path, dtype, attention).requires_grad_(False).to(device)
-        if bf16 and torch.device(device).type == "cpu":
-            attend_in_float32(judges[name])
+        judges[name] = load_reward_model(path, dtype).to(device)
     return judges
 
 

@@ -170,9 +170,11 @@ def with_judge(paths, *extra):
 
 def scripted(monkeypatch, proxy, judged):
     """Held-out evaluations 0, 1, 2, ... get these scores of the reward models and of the judge, the same on each
-    prompt but for a spread that gives the scores a unit; what iterations are trained on stays as it is."""
+    prompt but for a spread that gives the scores a unit; what iterations are trained on stays as it is. The policy's
+    weights at each evaluation, by step, are returned."""
     held_out = {"now": False, "count": -1}
     real_scores, real_evaluate = Roles.scores, ppo_script.Run.evaluate
+    seen = {}
 
     def scores(self, name, id_lists, *rest):
         if not held_out["now"]:
@@ -182,6 +184,7 @@ def scripted(monkeypatch, proxy, judged):
 
     def evaluate(self, step):
         held_out.update(now=True, count=held_out["count"] + 1)
+        seen[step] = torch.cat([p.detach().flatten() for p in self.roles.policy.model.parameters()])
         try:
             return real_evaluate(self, step)
         finally:
@@ -189,21 +192,14 @@ def scripted(monkeypatch, proxy, judged):
 
     monkeypatch.setattr(Roles, "scores", scores)
     monkeypatch.setattr(ppo_script.Run, "evaluate", evaluate)
+    return seen
 
 
 def test_the_judge_and_not_the_reward_model_chooses_the_policy(paths, tmp_path, monkeypatch):
-    kept = {}
-    real = ppo_script.Run.save_model
-
-    def save_model(self, name, results):
-        kept[name] = torch.cat([p.detach().flatten() for p in self.roles.policy.parameters()])
-        real(self, name, results)
-
-    monkeypatch.setattr(ppo_script.Run, "save_model", save_model)
-    scripted(monkeypatch, proxy=[0.0, 1.0, 2.0], judged=[0.0, 3.0, -1.0])  # at steps 0, 2, 4
+    seen = scripted(monkeypatch, proxy=[0.0, 1.0, 2.0], judged=[0.0, 3.0, -1.0])  # at steps 0, 2, 4
     summary = run_ppo(paths, tmp_path, *with_judge(paths, "--save_best", "true", "--kl_coef", "0"))
     assert summary["best"]["step"] == 2
-    assert torch.equal(final_weights(tmp_path), kept["best-2"])
+    assert torch.equal(final_weights(tmp_path), seen[2])
     rows = {row["step"]: row for row in metrics(tmp_path) if "eval/objective" in row}
     assert [rows[s]["eval/combined"] for s in (0, 2, 4)] == pytest.approx([0, 1, 2], abs=1e-6)
     assert [rows[s]["eval/judge_combined"] for s in (0, 2, 4)] == pytest.approx([0, 3, -1], abs=1e-6)
