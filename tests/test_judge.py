@@ -348,6 +348,9 @@ def test_an_improvement_opens_the_gate_in_any_order_of_rows(paths, tmp_path, lik
     assert summary["all"]["improvement"] == pytest.approx(2, abs=0.05)
     assert summary["all"]["win_rate"] == 1
     assert json.loads((tmp_path / "gate" / "verdict.json").read_text())["passed"]
+    mixed = response_rows([CATS[0], DOGS[0], DOGS[0]] * 4)  # the same answers: paired, every difference is 0
+    same = gate(paths, tmp_path, mixed, mixed[::-1], "--require", "no_regression")
+    assert same["all"]["ci95"]["improvement"] == [0, 0]
 
 
 def test_a_shut_gate_has_no_summary_and_opens_once_the_policy_is_better(paths, tmp_path, liking_dogs, capsys):
