@@ -59,8 +59,9 @@ def read_responses(path: str, field: str) -> dict[tuple[str, int], Row]:
     rows: dict[tuple[str, int], Row] = {}
     seen: Counter[str] = Counter()
     for line, row in read_rows(path):
-        missing = ["JSON"] if isinstance(row, BadRow) else [name for name in NEEDED if not row.get(name, [])]
-        missing = [name for name in missing if name != "is_safety" or "is_safety" not in row]
+        if isinstance(row, BadRow):
+            raise UserError(f"{field}: {path}:{line}: {row}")
+        missing = [name for name in NEEDED if name not in row or row[name] == []]
         if missing:
             raise UserError(
                 f"{field}: {path}:{line} has no {', '.join(missing)}; run rlhf/evaluate_policy.py of this version again"
@@ -111,7 +112,7 @@ def figures(before: list[Row], after: list[Row], seed: int) -> dict[str, dict[st
         if places:
             scores = [[rows[i]["judged"] for i in places] for rows in (before, after)]
             tokens = [[list(map(len, rows[i]["response_ids"])) for i in places] for rows in (before, after)]
-            found[kind] = compare(*scores, *tokens, seed=seed)
+            found[kind] = compare(scores[0], scores[1], tokens[0], tokens[1], seed)
     return found
 
 
