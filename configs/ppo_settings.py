@@ -12,6 +12,18 @@ class PPOSettings(ScoringSettings):
 
     prompt_files: list[str] = field(default_factory=list, metadata={"help": "Prompt files; rows carry `is_safety`."})
     eval_prompt_file: str | None = field(default=None, metadata={"help": "Held-out prompts; none: no evaluation."})
+    judge_helpfulness_model_path: str = field(
+        default="",
+        metadata={
+            "help": "Helpfulness reward model trained on the prompts that helpfulness_model_path has not seen: judges "
+            "held-out responses, and save_best goes by it."
+        },
+    )
+    judge_safety_model_path: str = field(default="", metadata={"help": "The same for safety; both or neither."})
+    judge_patience: int = field(
+        default=0,
+        metadata={"help": "Stop after so many held-out evaluations in a row without a new best; 0: never."},
+    )
     reference_model: str = field(
         default="start",
         metadata={"help": "pi_0 of Eq. 4: `start` (the policy at the start) or `sft` (sft_model_path)."},
@@ -115,7 +127,11 @@ class PPOSettings(ScoringSettings):
         metadata={"help": "simulated: log the simulated world's gold scores at held-out evaluations; chooses nothing."},
     )
     save_best: bool = field(
-        default=False, metadata={"help": "Keep the policy with the best held-out reward - beta * KL as the result."}
+        default=False,
+        metadata={
+            "help": "Keep the policy with the best held-out reward - beta * KL as the result; the judge's reward where "
+            "there is one."
+        },
     )
     max_kl_nats: float | None = field(
         default=None, metadata={"help": "Stop when the mean KL to the reference, in nats a response, passes this."}
@@ -166,6 +182,7 @@ class PPOSettings(ScoringSettings):
             raise UserError("save_best needs eval_prompt_file: without held-out prompts there is no best")
         self._check_sampling()
         self._check_kl()
+        self._check_judge()
         if self.truncated_responses not in ("keep", "mask"):
             raise UserError(f"truncated_responses: {self.truncated_responses!r} is neither `keep` nor `mask`")
         if self.truncated_responses == "mask" and self.missing_eos_penalty:
@@ -226,3 +243,11 @@ class PPOSettings(ScoringSettings):
                 f"kl_horizon {self.kl_horizon} is below batch_size {self.batch_size}: beta would jump by more than 20 %"
                 " an iteration"
             )
+
+    def _check_judge(self) -> None:
+        if bool(self.judge_helpfulness_model_path) != bool(self.judge_safety_model_path):
+            raise UserError("judge_helpfulness_model_path, judge_safety_model_path: name both or neither")
+        if self.judge_helpfulness_model_path and not self.eval_prompt_file:
+            raise UserError("judge_helpfulness_model_path needs eval_prompt_file: the judge scores held-out responses")
+        if self.judge_patience < 0 or (self.judge_patience and not self.judge_helpfulness_model_path):
+            raise UserError(f"judge_patience {self.judge_patience}: 0, or more with a judge_helpfulness_model_path")

@@ -77,12 +77,12 @@ def read_prompts(path_or_hub_name: str | Path, **options: Any) -> Records:
     return _read(path_or_hub_name, prompt_row, **options)
 
 
-def split_by_prompt(rows: Sequence[Row], fraction: float, seed: int) -> tuple[list[Row], list[Row]]:
+def split_by_prompt(rows: Sequence[Row], fraction: float, seed: int | str) -> tuple[list[Row], list[Row]]:
     """(train, held out), with about `fraction` of the prompts held out, and no prompt in both.
 
     The side is a hash of the seed and of the first user turn, so it does not depend on the other rows: files that are
     split one by one agree, and a prompt that goes on from another falls on its side. A small file can end up whole on
-    one side.
+    one side. A seed in words is for a split that no number may repeat.
     """
     if not 0.0 <= fraction <= 1.0:
         raise UserError(f"the held-out fraction must be between 0 and 1, not {fraction}")

@@ -10,6 +10,7 @@ from configs.errors import UserError
 
 OBJECTIVES = ("helpfulness", "safety")
 MARGINS = ("none", "small", "large")
+PROMPT_HALVES = ("all", "first", "second")
 LEAKED_PROMPTS = ("drop", "keep", "stop")
 STRATEGIES = ("random", "sequential", "group_by_length")
 SMALLEST = 1e-12  # for numbers that must be above 0
@@ -67,6 +68,13 @@ class RewardSettings:
     leaked_prompts: str = field(
         default="drop",
         metadata={"help": "Training pairs whose prompt is also tested: drop, keep, or stop the run."},
+    )
+    prompt_half: str = field(
+        default="all",
+        metadata={
+            "help": "all, or train on one half of the prompts, first or second: models of different halves share no "
+            "training prompt, so that one can judge what was trained against the other. Test pairs stay whole."
+        },
     )
     eval_fraction: float = field(
         default=0.05, metadata={"help": "Share of prompts held out where eval_files is not given."}
@@ -144,6 +152,7 @@ class RewardSettings:
         for name, choices in (
             ("objective", OBJECTIVES),
             ("margin", MARGINS),
+            ("prompt_half", PROMPT_HALVES),
             ("leaked_prompts", LEAKED_PROMPTS),
             ("train_sampling_strategy", STRATEGIES),
         ):

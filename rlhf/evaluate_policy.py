@@ -135,6 +135,7 @@ def evaluate(settings: EvaluateSettings, run: RunFolder) -> dict[str, Any]:
         repeated = [record for record in records for _ in range(k)]
         suffix = "" if decoding == "sampled" else "_greedy"
         _share_out(rows, f"responses{suffix}", texts, k)
+        _share_out(rows, f"response_ids{suffix}", responses, k)
         _share_out(rows, f"response_tokens{suffix}", [len(ids) for ids in responses], k)
         _figure(summary, f"response_tokens{suffix}", [float(len(ids)) for ids in responses])
         summary[f"finished{suffix}"] = round(sum(reason == "stop" for reason in reasons) / len(reasons), 4)

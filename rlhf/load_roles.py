@@ -53,8 +53,10 @@ def load_roles(ppo: PPOSettings, model_settings: ModelSettings, tokenizer: Any, 
 
 
 def reward_paths(ppo: PPOSettings) -> dict[str, str]:
-    """The reward models that are named, by the fields that name them."""
-    return {f"{name}_model_path": path for name, path in ppo.reward_model_paths.items()}
+    """The reward models that are named, by the fields that name them, and the held-out judge's where there is one."""
+    paths = {f"{name}_model_path": path for name, path in ppo.reward_model_paths.items()}
+    judges = ("judge_helpfulness_model_path", "judge_safety_model_path")
+    return paths | ({field: getattr(ppo, field) for field in judges} if ppo.judge_helpfulness_model_path else {})
 
 
 class _Loader:

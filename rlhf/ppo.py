@@ -13,7 +13,8 @@ Where the paper is silent (recipe sheet 10 has the sources):
 3. Advantages are whitened over the iteration; rewards are not whitened a second time.
 4. Held-out prompts are sampled every `eval_steps` with the same seeds each time. A policy's figure of merit is
    (R_c - mean_0) / std_0 - beta * KL with the starting policy's mean_0 and std_0 and the beta of the settings, adaptive
-   or not: Eq. 4 in units that stay put.
+   or not: Eq. 4 in units that stay put. With a held-out judge (rlhf/judge.py) R_c is the judge's, on which nothing is
+   trained.
 docs/ppo.md has the objective formula by formula.
 """
 
@@ -52,6 +53,7 @@ from rlhf.checkpoint import (
 )
 from rlhf.draw import sample_seeds
 from rlhf.hardware import peak_memory_mib, token_budget
+from rlhf.judge import held_out_figures, judge
 from rlhf.kl_control import next_kl_coef
 from rlhf.models import data_fingerprint, load_tokenizer, model_card, save_policy, unwrap
 from rlhf.ppo_figures import decoded, gold_figures, rollout_figures, sampler_gap, time_figures, value_figures
@@ -69,7 +71,7 @@ logger = logging.getLogger(__name__)
 BEST = "policy.safetensors"  # in best-<step>
 # Settings that a continued run may change: how long it runs, what it writes, and what stops steps that are not finite.
 ADJUSTABLE = (*NOT_COMPARED, "total_iterations", "save_steps", "num_samples", "learning_rate", "value_learning_rate",
-              "max_grad_norm", "max_kl_nats")  # fmt: skip
+              "max_grad_norm", "max_kl_nats", "judge_patience")  # fmt: skip
 EVALUATION = 2**31  # added to the seed of held-out sampling: never the seed of an iteration
 
 
@@ -103,7 +105,7 @@ class Run:
         self.optimizer = make_optimizer(self.roles, ppo)
         self.state: dict[str, Any] = {
             "step": 0, "skipped": 0, "best": None, "unit": None, "value_unit": None, "kl_coef": ppo.kl_coef,
-            "figures": {}, "alarms": {},
+            "figures": {}, "alarms": {}, "evaluations_since_best": 0, "judge_start": None,
         }  # fmt: skip
         self.folder_path = Path(run.output_dir)
 
@@ -178,14 +180,19 @@ class Run:
         if self.ppo.gold == "simulated":
             figures |= gold_figures(rollout, count, self.chat_format, self.gathered)
         self.folder.samples(step, decoded(rollout, self.ppo.num_samples, self.chat_format, "held_out"))
-        scores = self.gathered(count, rollout.scores_B)
+        scores, combined = self.gathered(count, rollout.scores_B), figures["eval/combined"]
+        if self.ppo.judge_helpfulness_model_path:
+            judged, scores = self.judged(rollout)
+            figures, combined = figures | judged, judged["eval/judge_combined"]
         if self.state["unit"] is None:
             self.state["unit"] = [float(scores.mean()), float(scores.std(unbiased=False).clamp(min=1e-3))]
         mean, deviation = self.state["unit"]
-        objective = (figures["eval/combined"] - mean) / deviation - self.ppo.kl_coef * figures["eval/kl"]
+        objective = (combined - mean) / deviation - self.ppo.kl_coef * figures["eval/kl"]
         best = self.state["best"]
+        self.state["evaluations_since_best"] += 1
         if best is None or objective > best["objective"]:
             self.state["best"] = {"step": step, "objective": objective, **figures}
+            self.state["evaluations_since_best"] = 0
             if self.ppo.save_best:
                 self.save_best(step)
                 if not self.ppo.save_steps:
@@ -202,6 +209,24 @@ class Run:
             with tqdm.external_write_mode(file=sys.stderr):  # else the bar and the warning share a line
                 for alarm in alarms:
                     logger.warning("ppo, iteration %d, %s: %s", alarm.step, alarm.name, alarm.text)
+
+    def judged(self, rollout: Rollout) -> tuple[dict[str, float], torch.Tensor]:
+        """The held-out judge's figures of a rollout, and its combined score of each response as PPO would take it:
+        minus the missing-EOS penalty. The first call's scores are those that later ones are compared with.
+        """
+        prompts, lengths_B = rollout.prompts, rollout.sequences.response_mask_BR.sum(1)
+        judgement = judge(
+            lambda name, ids: self.roles.scores(name, ids, self.ppo.token_budget),
+            [prompt.ids for prompt in prompts], rollout.responses, [prompt.is_safety for prompt in prompts],
+            self.ppo.safety_threshold,
+        )  # fmt: skip
+        combined_B = judgement.combined_B - self.ppo.missing_eos_penalty * (~rollout.stopped_B).float()
+        columns = self.gathered(
+            len(self.held_out), judgement.helpfulness_B, judgement.safety_B, combined_B, lengths_B
+        ).cpu()
+        if self.state["judge_start"] is None:
+            self.state["judge_start"] = columns[:, 2:].tolist()
+        return held_out_figures(columns, self.state["judge_start"]), columns[:, 2]
 
     def save_model(self, name: str, results: dict[str, Any]) -> None:
         """Write the policy to `output_dir/name`, whole or not at all."""
@@ -242,6 +267,12 @@ class Run:
     def over_cap(self) -> bool:
         """True once the last iteration's KL has passed `max_kl_nats`."""
         return self.ppo.max_kl_nats is not None and self.state["figures"].get("policy/kl", 0.0) > self.ppo.max_kl_nats
+
+    def stopped_by(self) -> str | None:
+        """What ends the run before its last iteration, None while nothing does."""
+        if self.over_cap():
+            return "max_kl_nats"
+        return "judge" if 0 < self.ppo.judge_patience <= self.state["evaluations_since_best"] else None
 
     def resume(self) -> int:
         """Continue from the newest checkpoint, if there is one; the number of finished iterations."""
@@ -291,7 +322,7 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
         folder.log(0, figures)
         run.watch(0, figures)
 
-    last = first if run.over_cap() else ppo.total_iterations  # killed after its last checkpoint, before its summary
+    last = first if run.stopped_by() else ppo.total_iterations  # killed after its last checkpoint, before its summary
     bar = tqdm(range(first + 1, last + 1), desc="ppo", initial=first, total=last,
                disable=not run.accelerator.is_main_process)  # fmt: skip
     for step in bar:
@@ -306,6 +337,7 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
         at_end = step == ppo.total_iterations or run.over_cap()
         if run.held_out and ((ppo.eval_steps and step % ppo.eval_steps == 0) or at_end):
             figures |= run.evaluate(step)
+        at_end = at_end or run.stopped_by() is not None
         if step % run_settings.logging_steps == 0 or at_end or "eval/objective" in figures:
             folder.log(step, figures)
         bar.set_postfix(reward=f"{figures['reward/combined']:.3g}", kl=f"{figures['policy/kl']:.3g}", refresh=False)
@@ -317,7 +349,7 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
 
     run.hand_over()
     state = run.state
-    stopped_by = "max_kl_nats" if run.over_cap() else "total_iterations"
+    stopped_by = run.stopped_by() or "total_iterations"
     seconds = time.perf_counter() - begin
     summary = folder.finish({"iterations": state["step"], "stopped_by": stopped_by, "best": state["best"],
                              **state["figures"], "alarms": spells(read_rows(run.folder_path, "alarms.jsonl")),

@@ -92,12 +92,13 @@ def _kind(row: Mapping[str, Any]) -> str:
 
 
 def show(summary: Mapping[str, Any], samples: Sequence[Mapping[str, Any]], console: Console) -> None:
-    """Prints the table of stages, the goals and the sample dialogues."""
+    """Prints the table of stages, the judge's verdicts, the goals and the sample dialogues."""
     width = console.width
     if not console.is_terminal:
         console.width = max(width, WIDTH)
     try:
         _show_stages(summary, console)
+        _show_gates(summary, console)
         _show_goals(summary, console)
         _show_samples(samples, console)
     finally:
@@ -142,6 +143,18 @@ def _show_goals(summary: Mapping[str, Any], console: Console) -> None:
         table.add_row(mark, *(Text(text) for text in (goal["goal"], *goal_texts(goal))))
     console.print()
     console.print(table)
+
+
+def _show_gates(summary: Mapping[str, Any], console: Console) -> None:
+    for gate in summary["gates"]:
+        mark = Text("passed", style="green") if gate["passed"] else Text("FAILED", style="bold red")
+        figures = [
+            f"{words} {gate[key]:+.2f} ({low:+.2f} to {high:+.2f})"
+            for key, words in (("improvement", "improvement"), ("win_rate_lc", "win rate at equal length"))
+            if gate[key] is not None
+            for low, high in [gate["ci95"][key]]
+        ]
+        console.print(Text.assemble("Held-out judge, ", printable(gate["name"]), ": ", mark, ", ", ", ".join(figures)))
 
 
 def _show_samples(samples: Sequence[Mapping[str, Any]], console: Console) -> None:

@@ -23,14 +23,15 @@ logger = logging.getLogger(__name__)
 
 Row = dict[str, Any]
 DROPPED = "dropped-train.jsonl"  # in the run folder
+HALVES = "halves of the prompts"  # the seed of that split: of every run alike, and of no split by a run's seed
 
 
 @dataclass(frozen=True)
 class RewardInputs:
     """What training starts from. `report` has one entry a train file (`share` of all drawn; all else counts of pairs).
 
-    read = held_out + leaked + duplicates + available where both are dropped, as is the default; drawn = trained on, of
-    which `repeats` are second or later uses. `near_leaks` and `contradictions` are counted only.
+    read = held_out + other_half + leaked + duplicates + available where both are dropped, as is the default; drawn =
+    trained on, of which `repeats` are second or later uses. `near_leaks` and `contradictions` are counted only.
     """
 
     train_rows: list[Row]
@@ -49,7 +50,7 @@ class _File:
     def where(self, number: int) -> str:
         return f"{self.path}:{self.lines[number]}"
 
-    def split(self, fraction: float, seed: int) -> tuple["_File", "_File"]:
+    def split(self, fraction: float, seed: int | str) -> tuple["_File", "_File"]:
         line_of = {id(row): line for row, line in zip(self.rows, self.lines, strict=True)}
         train, test = (
             _File(self.path, rows, [line_of[id(row)] for row in rows])
@@ -60,6 +61,9 @@ class _File:
 
 def read_inputs(settings: RewardSettings, chat_format: ChatFormat, seed: int, folder: Path | None) -> RewardInputs:
     """Read and check the files, drop what the settings say, draw the mixture. The same result on every process.
+
+    `prompt_half` takes half of the training prompts by a hash of the prompt alone: in all files and under all seeds a
+    prompt is in the same half.
 
     `folder`, the run folder, is given on the main process only: bad and dropped rows are written there, warnings and
     the table of the mixture are shown. UserError: bad files, leaks under `leaked_prompts: stop`, a file of which
@@ -82,6 +86,10 @@ def read_inputs(settings: RewardSettings, chat_format: ChatFormat, seed: int, fo
     else:
         parts = [file.split(settings.eval_fraction, seed) for file in whole]
         train, test = [part[0] for part in parts], [part[1] for part in parts]
+    held_out = [len(file.rows) - len(rest.rows) for file, rest in zip(whole, train, strict=True)]
+    if settings.prompt_half != "all":
+        half = ("first", "second").index(settings.prompt_half)
+        train = [file.split(0.5, HALVES)[half] for file in train]
     test_rows = [row for file in test for row in file.rows]
     test_places = [file.where(number) for file in test for number in range(len(file.rows))]
 
@@ -109,7 +117,8 @@ def read_inputs(settings: RewardSettings, chat_format: ChatFormat, seed: int, fo
         {
             "file": file.path,
             "read": len(file.rows),
-            "held_out": len(file.rows) - len(sources[s]),
+            "held_out": held_out[s],
+            "other_half": len(file.rows) - held_out[s] - len(sources[s]),
             "leaked": _count(leaks.same, s),
             "near_leaks": _count(leaks.near, s),
             "duplicates": _count(repeated, s),

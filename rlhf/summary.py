@@ -65,6 +65,7 @@ def build(output_dir: Path, wall_seconds: float) -> dict[str, Any]:
         "held_out_families": {
             name: figures for name, folder in HELD_OUT_FAMILIES.items() if (figures := _families(output_dir / folder))
         },
+        "gates": [gate for path in sorted(output_dir.glob("gate_*/verdict.json")) if (gate := _gate(path.parent))],
         "comparisons": [c for row in COMPARISONS if (c := _comparison(output_dir, *row))],
     }
     summary["goals"] = goals(summary, ppo_gold_during_run(output_dir))
@@ -147,6 +148,20 @@ def _stage(output_dir: Path, name: str) -> dict[str, Any] | None:
         "seconds": round(sum(seconds), 1) if seconds else None,
         "prompts": evaluated.get("prompts"),
         "ci95": {figure: intervals.get(figure) for figure in FIGURES},
+    }
+
+
+def _gate(folder: Path) -> dict[str, Any] | None:
+    """What the held-out judge said of a stage (rlhf/gate.py), over all prompts; None for a file of another kind."""
+    verdict = read_json(folder, "verdict.json") or {}
+    if not isinstance(overall := verdict.get("all"), dict):
+        return None
+    intervals = overall.get("ci95") or {}
+    return {
+        "name": folder.name.removeprefix("gate_"),
+        **{key: verdict.get(key) for key in ("passed", "require", "reasons")},
+        **{key: overall.get(key) for key in ("improvement", "win_rate_lc")},
+        "ci95": {key: intervals.get(key) for key in ("improvement", "win_rate_lc")},
     }
 
 

@@ -21,6 +21,7 @@ from configs.model_settings import ModelSettings
 from configs.rounds_settings import RoundsSettings
 from reward.model import add_lora, create_reward_model, load_reward_model
 from rlhf import cli, scaling_study
+from rlhf.judge import load_judges
 from rlhf.load_roles import load_roles
 from rlhf.models import load_policy, resolve_dtype
 from rlhf.pipeline import PipelineSettings, Stage, read_stages
@@ -32,6 +33,8 @@ LLAMA2 = [path for path in RUNS if path.name.startswith("llama2_")]
 LLAMA2_7B = [path for path in LLAMA2 if path.name.startswith("llama2_7b_")]
 POLICIES = ("model_name_or_path", "second_model_name_or_path", "baseline_model_name_or_path", "sft_model_path")
 REWARD_MODELS = (
+    "judge_helpfulness_model_path",
+    "judge_safety_model_path",
     "helpfulness_model_path",
     "safety_model_path",
     "helpfulness_reward_model",
@@ -106,6 +109,10 @@ def test_the_models_of_every_config_load(path, tiny):
     tokenizer = tiny_tokenizer()
     if "chat_format" in settings:
         load_chat_format(tokenizer, settings["chat_format"])
+    if run == "gate":
+        paths = [settings[name] for name in REWARD_MODELS if name in settings]
+        assert len(load_judges(*paths, tokenizer, torch.bfloat16, "cpu")) == 2
+        return
     trained: list[Any] = []
     if run == "ppo":
         roles = load_roles(settings["PPOSettings"], settings["ModelSettings"], tokenizer, "cpu", 0)
@@ -153,7 +160,7 @@ def test_llama2_has_a_config_for_every_stage():
     assert stages == sorted(
         ["sft"] * 4  # supervised, on the best of K, on a larger model's, on Ghost Attention dialogues
         + ["rounds"]
-        + ["train_reward"] * 2
+        + ["train_reward"] * 4  # helpfulness and safety, and the same for the held-out judge
         + [
             "collect_preferences",
             "explore_sampling",
@@ -163,21 +170,40 @@ def test_llama2_has_a_config_for_every_stage():
             "build_gatt",
             "evaluate_gatt",
             "evaluate_policy",
+            "gate",
         ]
     )
 
 
 def test_reward_models_have_configs_of_three_sizes():
     sizes = sorted((path.stem.split("_")[1], parse("train_reward", path)["objective"])
-                   for path in LLAMA2 if stage_of(path) == "train_reward")  # fmt: skip
+                   for path in LLAMA2 if stage_of(path) == "train_reward" and "_judge_" not in path.name)  # fmt: skip
     assert sizes == [(size, kind) for size in ("13b", "70b", "7b") for kind in ("helpfulness", "safety")]
+
+
+@pytest.mark.parametrize("kind", ["helpfulness", "safety"])
+def test_the_judge_is_the_reward_model_of_the_other_prompts(kind, demo):
+    def settings(name: str) -> dict[str, Any]:
+        return yaml.safe_load((CONFIGS / f"llama2_7b_{name}_{kind}.yaml").read_text())
+
+    by_name = {stage.name: stage.settings for stage in demo}
+    for ours, judge in (
+        (settings("reward"), settings("judge")),
+        (by_name[f"reward_{kind}"], by_name[f"judge_{kind}"]),
+    ):
+        assert (ours["prompt_half"], judge["prompt_half"]) == ("first", "second")
+        assert ours.get("seed", 0) != judge["seed"]
+        own = ("prompt_half", "seed", "output_dir")
+        assert {k: v for k, v in ours.items() if k not in own} == {k: v for k, v in judge.items() if k not in own}
 
 
 def test_llama2_configs_hand_over_to_each_other():
     outputs = {yaml.safe_load(path.read_text())["output_dir"] for path in LLAMA2}
     assert len(outputs) == len(LLAMA2)
-    outputs.add("runs/llama2-7b/preferences")  # labels imported from people, in the header of the collecting config
-    assert "--output_dir runs/llama2-7b/preferences" in (CONFIGS / "llama2_7b_collect.yaml").read_text()
+    # A header may give another folder: labels imported from people, the evaluation of another stage's policy.
+    for path in LLAMA2:
+        outputs |= set(re.findall(r"^#.*--output_dir (runs/llama2-\d+b/[\w-]+)", path.read_text(), re.M))
+    assert {"runs/llama2-7b/preferences", "runs/llama2-7b/evaluate-sft"} <= outputs
     for path in LLAMA2:
         for used in re.findall(r"runs/llama2-\d+b/[\w-]+(?=/)", path.read_text()):
             assert used in outputs, f"{path.name} reads {used}, which no config writes"
@@ -199,6 +225,7 @@ PAPER = {  # §2.2 (AdamW), §3.1, §3.2.2, §3.2.3, §3.3
     "build_gatt": {"short_share": 0.5},
     "evaluate_gatt": {"num_turns": 20},
     "evaluate_policy": {"gold": "none"},
+    "gate": {"safety_threshold": 0.15},
 }  # fmt: skip
 BATCH = {"sft": 64, "train_reward": 512}  # rows of 4,096 tokens; pairs
 
@@ -259,13 +286,15 @@ def test_the_scaling_study_trains_as_the_demo_does(demo):
     study = yaml.safe_load((CONFIGS / "scaling_demo.yaml").read_text().replace("runs/demo", "somewhere"))
     stage = next(stage.settings for stage in demo if stage.name == "reward_helpfulness")
     assert study["model_name_or_paths"] == [stage["model_name_or_path"]]
-    own = ("model_name_or_path", "output_dir", "seed")
+    # All prompts, as in the results: the demo keeps half of them for its judge, and goes through the rest three times.
+    own = ("model_name_or_path", "output_dir", "seed", "prompt_half", "num_train_epochs")
     assert {name: study[name] for name in stage if name not in own} == {k: v for k, v in stage.items() if k not in own}
 
 
 def test_the_rounds_of_the_demo_train_as_the_demo_does(demo, tmp_path):
     stages = {stage.name: stage for stage in rounds_of("rounds_demo.yaml")}
-    own = ("model_name_or_path", "output_dir", "seed", "train_files", "eval_files", "mix_weights", "num_train_epochs")
+    own = ("model_name_or_path", "output_dir", "seed", "train_files", "eval_files", "mix_weights", "num_train_epochs",
+           "prompt_half")  # fmt: skip
     for mine, theirs in (("v2/sft", "rejection_sft"), ("v2/reward_safety", "reward_safety")):
         settings = next(stage.settings for stage in demo if stage.name == theirs)
         same = {name: value for name, value in settings.items() if name not in own}

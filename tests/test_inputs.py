@@ -51,6 +51,7 @@ settings out of range (sampling)                       test_sampler.py::test_set
 settings out of range (collecting)                     test_collect_preferences.py::test_bad_settings_are_refused
 settings out of range (rejection sampling)             test_rejection_sampling.py::test_bad_settings_are_refused
 settings out of range (PPO)                            test_ppo.py::test_user_mistakes
+settings out of range (the judge in PPO)               test_judge.py::test_mistakes_about_the_judge_are_named
 settings out of range (Ghost Attention)                test_build_gatt.py::test_settings_that_cannot_work_are_refused
 a list of stages that cannot work                      test_pipeline.py::test_a_wrong_list_of_stages_is_named
 an output folder that cannot be written                test_run.py::test_mistakes_are_the_users_errors

@@ -94,6 +94,9 @@ def fabricate(root: Path) -> None:
     for name, gold in (("sft", 0.31), ("ppo", 0.42)):
         evaluated = {"gold_helpfulness": gold, "gold_helpfulness_greedy": gold + 0.1, "prompts": 100}
         put(root / f"families_{name}", "summary.json", {**evaluated, "ci95": {"gold_helpfulness": [0.2, 0.5]}})
+    judged = {"improvement": 0.2, "win_rate_lc": 0.61, "ci95": {"improvement": [0.1, 0.3], "win_rate_lc": [0.5, 0.7]}}
+    for stage, passed in (("ppo", True), ("gatt", False)):
+        put(root / f"gate_{stage}", "verdict.json", {"passed": passed, "reasons": [ATTACK], "all": judged})
     curve = {"n": [1, 2, 3], "combined": [0.0, 0.5, 0.7], "gold_helpfulness": [0.3, 0.4, 0.45]}
     put(root / "rejection_sampling", "summary.json", {"best_of_n": curve, "median": {"combined": 0.1}})
     log = [{"step": 0, "eval/combined": 0.1, "eval/kl": 0.0, "eval/gold_helpfulness": 0.5}]
@@ -163,6 +166,14 @@ def test_reward_models_have_the_strongest_rating_first(finished: Finished):
         "ceiling": pytest.approx(0.73),
         "ci95": None,
     }
+
+
+def test_the_gates_are_told_on_the_console(finished: Finished):
+    assert [(gate["name"], gate["passed"]) for gate in finished.summary["gates"]] == [("gatt", False), ("ppo", True)]
+    told = " ".join(finished.out.getvalue().split())
+    figures = "improvement +0.20 (+0.10 to +0.30), win rate at equal length +0.61 (+0.50 to +0.70)"
+    assert f"Held-out judge, gatt: FAILED, {figures}" in told
+    assert f"Held-out judge, ppo: passed, {figures}" in told
 
 
 def test_held_out_families_are_told_on_console_and_page(finished: Finished):

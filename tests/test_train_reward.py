@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from tiny_models import save_tiny_policy
+from tiny_models import save_tiny_policy, tiny_tokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForSequenceClassification, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from configs.chat import load_chat_format
 from configs.errors import UserError
 from configs.model_settings import ModelSettings, RunSettings
 from configs.records import RATINGS
@@ -22,6 +23,7 @@ from configs.reward_settings import RewardSettings
 from reward.model import load_reward_model
 from reward.scorer import score_ids
 from rlhf import cli
+from rlhf.reward_inputs import read_inputs
 from rlhf.train_reward import last_checkpoint, main
 from rlhf.trainer_checkpoints import keep_newest, write_checksums
 
@@ -436,9 +438,9 @@ def test_duplicates_and_leaks_are_dropped_traced_and_reported(chat_model, untidy
     summary = main(call)
     # first: 1, 2 stay. second: 3, 4, the swapped 2 and the near leak stay.
     assert [list(entry.values())[1:] for entry in summary["mix"]] == [
-        # read, held out, leaked, near leaks, duplicates, contradictions, available, drawn, repeats, share
-        [4, 0, 1, 0, 1, 0, 2, 2, 0, pytest.approx(1 / 3)],
-        [7, 0, 1, 1, 2, 1, 4, 4, 0, pytest.approx(2 / 3)],
+        # read, held out, other half, leaked, near leaks, duplicates, contradictions, available, drawn, repeats, share
+        [4, 0, 0, 1, 0, 1, 0, 2, 2, 0, pytest.approx(1 / 3)],
+        [7, 0, 0, 1, 1, 2, 1, 4, 4, 0, pytest.approx(2 / 3)],
     ]
     assert summary["train_pairs"] == 6
     assert summary["test_prompts_in_training"] == 0
@@ -483,6 +485,46 @@ def test_a_total_repeats_a_small_file_only_after_all_its_pairs(chat_model, files
     assert [(e["available"], e["drawn"], e["repeats"]) for e in summary["mix"]] == [(24, 16, 0), (3, 8, 5)]
     assert summary["train_by_source"]["small"] == 8
     assert summary["train_pairs"] == 24
+
+
+def test_halves_share_no_prompt_in_any_file_and_under_any_seed(tmp_path):
+    rows = [preference(i) for i in range(40)]
+    later = {"prompt": [*rows[0]["prompt"], message("assistant", "well"), message("user", "go on")]}
+    files = [write(tmp_path / "a.jsonl", rows[:30]), write(tmp_path / "b.jsonl", [*rows[:19:-1], rows[0] | later])]
+    test = write(tmp_path / "test.jsonl", [preference(i) for i in range(100, 120)])
+    chat_format = load_chat_format(tiny_tokenizer())
+
+    def read(half, seed=0, files=files, **options):
+        settings = RewardSettings(
+            train_files=list(map(str, files)), eval_files=[str(test)], prompt_half=half, **options
+        )
+        inputs = read_inputs(settings, chat_format, seed, None)
+        return {row["prompt"][0]["content"] for row in inputs.train_rows}, inputs
+
+    first, second = read("first"), read("second", seed=1)
+    assert first[0].isdisjoint(second[0])
+    assert first[0] | second[0] == {f"question {i}" for i in range(40)}
+    assert 10 <= len(first[0]) <= 30  # of 40, by a hash
+    assert read("first", seed=1, files=files[::-1], mix_weights=[1, 1])[0] <= first[0]
+    assert read("first", files=files[1:])[0] == first[0] & {f"question {i}" for i in [0, *range(20, 40)]}
+    assert [len(inputs.test_rows) for _, inputs in (first, second)] == [20, 20]
+    for _, inputs in (first, second):
+        assert [entry["read"] for entry in inputs.report] == [30, 21]
+        assert all(e["read"] == e["other_half"] + e["duplicates"] + e["available"] for e in inputs.report)
+    assert first[1].report[0]["other_half"] + second[1].report[0]["other_half"] == 30
+    whole = read("all")
+    assert len(whole[0]) == 40
+    assert {entry["other_half"] for entry in whole[1].report} == {0}
+    # Which half is part of what a run claims: a change of the hash would let a judge see its model's prompts.
+    assert sorted(first[0])[:3] == ["question 1", "question 10", "question 13"]
+    # What is held out by fraction is not the beginning of one half.
+    settings = RewardSettings(train_files=[str(files[0])], eval_fraction=0.5, prompt_half="first")
+    inputs = read_inputs(settings, chat_format, 0, None)
+    held_out = {row["prompt"][0]["content"] for row in inputs.test_rows}
+    assert held_out & first[0]
+    assert held_out & second[0]
+    with pytest.raises(UserError, match="prompt_half"):
+        RewardSettings(train_files=["x"], prompt_half="third")
 
 
 @pytest.mark.parametrize("pad", [True, False], ids=["own pad token", "as Llama 2's base"])
