@@ -1,0 +1,161 @@
+"""Gold reward against KL on the simulated world: PPO, rejection sampling and both, with the same number of samples.
+
+    python benchmarks/ppo_outcome.py [--seeds 0 1 2] [--kl_coefs 0 0.05 0.15 0.5] [--samples 5632]
+
+For each seed: world, SFT, reward models and judges as in configs/demo.yaml; then from the SFT model, with `--samples`
+responses each, (a) rejection sampling alone, (b) PPO alone for every beta, (c) rejection sampling with half of them and
+PPO with the other half. PPO runs to its end whatever the judge says; the table shows the gold reward where the judge
+would have stopped it and at the end: where the second is lower, the reward model was over-optimised and the judge
+caught it.
+
+Gold is the mean true score over evaluation prompts (helpfulness, safety on risky prompts); KL is to the SFT model, in
+nats a response. A finished stage is not run again. The last line is one JSON object.
+"""
+
+import argparse
+import copy
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+if __package__ in (None, ""):  # launched by path, Python puts benchmarks/ first: `import reward` would fail
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from rlhf import cli  # noqa: E402,I001  (first: it switches off telemetry before trl is imported)
+
+import yaml  # noqa: E402
+from rich.console import Console  # noqa: E402
+
+from rlhf.estimates import mean_with_interval, paired_bootstrap  # noqa: E402
+from rlhf.pipeline import ROOT, PipelineSettings, read_stages, run_stages  # noqa: E402
+
+Row = dict[str, Any]
+SHARED = ("world", "sft", "collect", "collect_2", "reward_helpfulness", "reward_safety", "judge_helpfulness",
+          "judge_safety")  # fmt: skip
+K = 8  # samples a prompt of rejection sampling
+BATCH = 128  # of PPO
+BOTH_KL_COEF = 0.15
+
+
+def stages_of(kl_coefs: list[float], samples: int) -> list[Row]:
+    """The pipeline of one seed."""
+    demo = {stage["name"]: stage for stage in yaml.safe_load((ROOT / "configs/demo.yaml").read_text())["stages"]}
+
+    def stage(name: str, like: str, needs: list[str], **settings: Any) -> Row:
+        made = copy.deepcopy(demo[like])
+        made["settings"] |= settings
+        return made | {"name": name, "needs": needs, "threads": 1}
+
+    def model(name: str) -> str:
+        return f"${{output_dir}}/{name}/model"
+
+    def ppo(name: str, start: str, kl_coef: float, iterations: int) -> list[Row]:
+        settings: Row = {"model_name_or_path": model(start), "kl_coef": kl_coef, "total_iterations": iterations,
+                         "batch_size": BATCH, "eval_steps": 4}  # fmt: skip
+        return [
+            stage(name, "ppo", [start, *SHARED[4:]], **settings),
+            stage(f"evaluate_{name}", "evaluate_ppo", [name], model_name_or_path=model(name)),
+        ]
+
+    def best_of_k(name: str, prompts: int) -> list[Row]:
+        rows = f"${{output_dir}}/{name}_samples/best.jsonl"
+        return [
+            stage(f"{name}_samples", "rejection_sampling", list(SHARED[4:6]), max_prompts=prompts,
+                  samples_per_prompt=K),
+            stage(name, "rejection_sft", [f"{name}_samples"], train_files=[rows]),
+            stage(f"evaluate_{name}", "evaluate_ppo", [name], model_name_or_path=model(name)),
+        ]  # fmt: skip
+
+    shared = [demo[name] | {"threads": 1} for name in SHARED]
+    shared += [stage("evaluate_sft", "evaluate_sft", ["sft"])]
+    alone = [row for beta in kl_coefs for row in ppo(name_of(beta), "sft", beta, samples // BATCH)]
+    both = ppo("both", "rejection_half", BOTH_KL_COEF, samples // 2 // BATCH)
+    return [*shared, *best_of_k("rejection", samples // K), *best_of_k("rejection_half", samples // 2 // K), *both,
+            *alone]  # fmt: skip
+
+
+def name_of(kl_coef: float) -> str:
+    """The stage of PPO alone at this beta."""
+    return f"ppo_{kl_coef:g}".replace(".", "_")
+
+
+def gold_by_prompt(folder: Path) -> dict[str, float]:
+    """The mean true score of a finished evaluation's sampled responses, by prompt."""
+    rows = [json.loads(line) for line in (folder / "responses.jsonl").read_text(encoding="utf-8").splitlines()]
+    found = {}
+    for place, row in enumerate(rows):
+        values = row.get("gold_safety") if row["is_safety"] else row.get("gold_helpfulness")
+        if values:
+            found[str(place)] = sum(values) / len(values)
+    return found
+
+
+def curve(folder: Path) -> list[Row]:
+    """PPO's held-out evaluations: step, KL to its start, gold, the judge's and the reward models' combined score."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    names = {"kl": "eval/kl", "helpfulness": "eval/gold_helpfulness", "safety": "eval/gold_safety",
+             "judge": "eval/judge_combined", "proxy": "eval/combined"}  # fmt: skip
+    return [{"step": line["step"], **{short: round(line[name], 4) for short, name in names.items()}}
+            for line in lines if "eval/objective" in line]  # fmt: skip
+
+
+def read_seed(folder: Path, kl_coefs: list[float]) -> Row:
+    """Everything the table needs of one seed."""
+    policies = ["sft", "rejection", *map(name_of, kl_coefs), "both"]
+    gold = {name: gold_by_prompt(folder / f"evaluate_{name}") for name in policies}
+    found: Row = {"policies": {}, "curves": {}, "both_less": {}}
+    for name in policies:
+        summary = json.loads((folder / f"evaluate_{name}" / "summary.json").read_text(encoding="utf-8"))
+        mean, half = mean_with_interval(list(gold[name].values()))
+        found["policies"][name] = {"gold": round(mean, 4), "half": round(half, 4),
+                                   "kl": round(summary.get("kl_nats", 0.0), 3)}  # fmt: skip
+    for name in (*map(name_of, kl_coefs), "both"):
+        points = curve(folder / name)
+        best = json.loads((folder / name / "summary.json").read_text(encoding="utf-8"))["best"]["step"]
+        found["curves"][name] = {"points": points, "judge_chose": best}
+    for name in ("rejection", *map(name_of, kl_coefs)):
+        pairs = [(gold[name][key], gold["both"][key]) for key in gold["both"]]
+        mean, (low, high) = paired_bootstrap(*map(list, zip(*pairs, strict=True)), draws=4000)
+        found["both_less"][name] = [round(x, 4) for x in (mean, low, high)]
+    return found
+
+
+def tell(seed: int, found: Row) -> None:
+    """The tables of one seed, as Markdown."""
+    print(f"\n| seed {seed} | gold | KL to SFT, nats | both less this, gold |\n|---|---|---|---|")
+    for name, row in found["policies"].items():
+        less = found["both_less"].get(name)
+        shown = "" if less is None else f"{less[0]:+.3f} ({less[1]:+.3f} to {less[2]:+.3f})"
+        print(f"| {name} | {row['gold']:.3f} ± {row['half']:.3f} | {row['kl']:.2f} | {shown} |")
+    print(f"\n| seed {seed} | judge chose step | there: helpfulness, safety, KL, judge, reward models | at the end |")
+    print("|---|---|---|---|")
+    for name, row in found["curves"].items():
+        chosen = next(point for point in row["points"] if point["step"] == row["judge_chose"])
+        cells = [", ".join(f"{point[key]:.3f}" for key in ("helpfulness", "safety", "kl", "judge", "proxy"))
+                 for point in (chosen, row["points"][-1])]  # fmt: skip
+        print(f"| {name} | {row['judge_chose']} | {cells[0]} | {cells[1]} |")
+
+
+def main() -> None:
+    """Runs what is missing, prints the tables, and one JSON object as the last line."""
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
+    parser.add_argument("--output_dir", type=Path, default=Path("runs/ppo-outcome"))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--kl_coefs", type=float, nargs="+", default=[0.0, 0.05, 0.15, 0.5])
+    parser.add_argument("--samples", type=int, default=5632, help="responses that each way may sample")
+    parser.add_argument("--parallel_stages", type=int, default=2)
+    options = parser.parse_args()
+    found: Row = {}
+    for seed in options.seeds:
+        folder = options.output_dir / str(seed)
+        stages = stages_of(options.kl_coefs, options.samples)
+        settings = PipelineSettings(stages, str(folder), seed, options.parallel_stages)
+        run_stages(read_stages(settings), options.parallel_stages, Console(highlight=False))
+        found[str(seed)] = read_seed(folder, options.kl_coefs)
+        tell(seed, found[str(seed)])
+    print(json.dumps({"samples": options.samples, "seeds": found}))
+
+
+if __name__ == "__main__":
+    cli.entry(main)
