@@ -48,9 +48,6 @@ class PlanSettings:
     sharding: Literal["none", "fsdp2", "zero3"] = field(
         default="none", metadata={"help": "none: every process holds all; fsdp2, zero3: weights and states are split"}
     )
-    sampling_gather: Literal["whole", "layers"] = field(
-        default="whole", metadata={"help": "sharded weights when sampling: all at once, or layer by layer at each step"}
-    )
     judges: int = field(default=0, metadata={"help": "held-out judges loaded beside the reward models"})
     adapter_rank: int | None = field(
         default=None,
@@ -84,8 +81,6 @@ class PlanSettings:
                 raise UserError(f"{name} must be in (0, 1], not {getattr(self, name)}")
         if self.sharding != "none" and self.gpus == 1:
             raise UserError(f"sharding: {self.sharding} needs gpus above 1: one process has nothing to share")
-        if self.sharding == "none" and self.sampling_gather != "whole":
-            raise UserError("sampling_gather: layers has no effect without sharding; leave it out")
 
     @property
     def accelerator(self) -> Accelerator:

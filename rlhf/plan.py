@@ -61,7 +61,7 @@ def plan_of(ppo: PPOSettings, model: ModelSettings, settings: PlanSettings, shap
         trained_width=2 if model.dtype == "bfloat16" else 4, autocast=ppo.bf16,
         checkpointing=ppo.gradient_checkpointing,
         token_budget=ppo.token_budget or (CPU_TOKENS if on_cpu else GPU_TOKENS),
-        shards=1 if settings.sharding == "none" else gpus, gather_layers=settings.sampling_gather == "layers",
+        shards=1 if settings.sharding == "none" else gpus,
         responses=ppo.batch_size // gpus, per_prompt=ppo.responses_per_prompt,
         prompt_tokens=ppo.max_prompt_tokens, response_tokens=ppo.max_new_tokens, sampler_rows=SAMPLER_ROWS,
         sampler_columns=ppo.sampling_token_budget, feed_tokens=CPU_FEED_TOKENS if on_cpu else FEED_TOKENS,

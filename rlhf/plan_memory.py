@@ -31,7 +31,6 @@ class Plan:
     checkpointing: bool
     token_budget: int
     shards: int  # processes that share weights, gradients and states; 1: every process has all
-    gather_layers: bool  # sampling gathers a layer at a time instead of the whole policy
     responses: int  # of this process and iteration
     per_prompt: int  # of them, to one prompt
     prompt_tokens: int  # longest
@@ -228,13 +227,12 @@ def phase_bytes(plan: Plan, policy_weights: float) -> dict[str, float]:
     scored = plan.token_budget * own // (plan.prompt_tokens + own)
     forward = layer_work_bytes(plan, backward=False)
     moved = matrix_work_bytes(plan) if plan.lora else 0.0
-    gathered = gathered_layer_bytes(plan)
-    whole = gathered if plan.gather_layers else policy_weights * (1 - 1 / plan.shards)
+    whole = policy_weights * (1 - 1 / plan.shards)  # gathered for every phase without gradients
     sampling = whole + cache_bytes(plan) + moved
     sampling += max(fed * forward, 4 * 4.0 * rows * shape.vocabulary)
     states = plan.token_budget * stream_width(plan) * shape.hidden  # hidden states after the last layer
-    scoring = plan.token_budget * forward + moved + gathered
-    logprobs = max(scoring, states + head_work_bytes(plan, scored, backward=False))
+    scoring = whole + plan.token_budget * forward + moved
+    logprobs = max(scoring, whole + states + head_work_bytes(plan, scored, backward=False))
     return {"sample": sampling, "score": scoring, "log-probs": logprobs, "update": update_bytes(plan, scored)}
 
 

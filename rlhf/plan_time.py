@@ -82,8 +82,6 @@ def decode_seconds(plan: Plan, work: Work, device: Device) -> float:
     read = weight_bytes_read(plan) + rows * context * plan.shape.kv_bytes(stream_width(plan))
     computed = rows * forward_flops(plan, context, True)
     step = max(read / (device.bandwidth * device.bandwidth_utilisation), computed / (device.flops * device.utilisation))
-    if plan.shards > 1 and plan.gather_layers:
-        step += gather_seconds(plan, device)
     return steps * step
 
 
@@ -95,20 +93,21 @@ def gather_seconds(plan: Plan, device: Device) -> float:
 
 
 def iteration_seconds(plan: Plan, work: Work, device: Device) -> dict[str, float]:
-    """Seconds by phase. Sharded weights are gathered for each micro-batch's forward and backward, once to sample."""
+    """Seconds by phase. Sharded weights are gathered for each micro-batch's forward and backward, once by the phases
+    without gradients.
+    """
     speed = device.flops * device.utilisation
     micro_batches = -(-plan.responses * tokens_per_response(plan, work) // plan.token_budget)
     gather = gather_seconds(plan, device)
     prefill = (
         plan.responses / plan.per_prompt * work.mean_prompt * forward_flops(plan, work.mean_prompt / 2, False) / speed
     )
-    once = 0.0 if plan.gather_layers else gather
     models = 1 if work.one_trunk else 2
     passes = 2 + plan.checkpointing  # gathers of a micro-batch's update: forward, backward, recomputation
     return {
-        "sample": prefill + decode_seconds(plan, work, device) + once,
-        "score": work.scorers * (pass_flops(plan, work, False) / speed + micro_batches * gather),
-        "log-probs": work.logprob_passes * (pass_flops(plan, work, True) / speed + micro_batches * gather)
-        + pass_flops(plan, work, False) / speed + micro_batches * gather,
+        "sample": prefill + decode_seconds(plan, work, device) + gather,
+        "score": work.scorers * (pass_flops(plan, work, False) / speed + gather),
+        "log-probs": work.logprob_passes * (pass_flops(plan, work, True) / speed + gather)
+        + pass_flops(plan, work, False) / speed + gather,
         "update": update_flops(plan, work) / speed + work.epochs * models * passes * micro_batches * gather,
     }  # fmt: skip

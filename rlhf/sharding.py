@@ -20,8 +20,9 @@ from configs.errors import UserError
 from rlhf.models import decoder_of, unwrap
 
 # Of accelerate's configuration, passed on by its launcher. Its Accelerator reads them on a GPU only.
-ENABLED, VERSION, RESHARD, OFFLOAD = (
-    "ACCELERATE_USE_FSDP", "FSDP_VERSION", "FSDP_RESHARD_AFTER_FORWARD", "FSDP_OFFLOAD_PARAMS"
+ENABLED, VERSION, RESHARD, OFFLOAD, RAM_EFFICIENT = (
+    "ACCELERATE_USE_FSDP", "FSDP_VERSION", "FSDP_RESHARD_AFTER_FORWARD", "FSDP_OFFLOAD_PARAMS",
+    "FSDP_CPU_RAM_EFFICIENT_LOADING",
 )  # fmt: skip
 
 
@@ -33,6 +34,8 @@ def wanted() -> bool:
         return False
     if os.environ.get(VERSION, "1") != "2":
         raise UserError("fsdp_version in accelerate's configuration must be 2 for PPO")
+    if _flag(RAM_EFFICIENT):  # transformers would leave the weights of all processes but one empty
+        raise UserError("fsdp_cpu_ram_efficient_loading in accelerate's configuration must be false for PPO")
     return True
 
 

@@ -27,7 +27,7 @@ SEVEN = SHAPES["llama2-7b"]
 def plan_of(shape: Shape = SEVEN, **changes) -> plan_memory.Plan:
     base = plan_memory.Plan(
         shape=shape, lora=True, rank=64, modules=plan.PROJECTIONS, four_bit=False, frozen_width=2, trained_width=4,
-        autocast=False, checkpointing=True, token_budget=8192, shards=1, gather_layers=False, responses=512,
+        autocast=False, checkpointing=True, token_budget=8192, shards=1, responses=512,
         per_prompt=1,
         prompt_tokens=1024, response_tokens=512, sampler_rows=1024, sampler_columns=32_768, feed_tokens=16_384,
     )  # fmt: skip
@@ -162,8 +162,6 @@ def test_sharded_weights_are_whole_while_sampling():
     whole = plan_memory.phase_bytes(plan_of(shards=8), 8e9)["sample"]
     alone = plan_memory.phase_bytes(plan_of(), 8e9)["sample"]
     assert whole - alone == 7e9  # the other seven eighths
-    layers = plan_memory.phase_bytes(plan_of(shards=8, gather_layers=True), 8e9)["sample"]
-    assert layers - alone == 2 * 2 * SEVEN.linear_parameters / 32
 
 
 def test_the_planner_knows_the_samplers_own_sizes():
@@ -238,7 +236,6 @@ def test_value_and_reward_models_are_on_the_base_where_they_are_adapters():
         ({"gpus": 0}, "gpus must be at least 1"),
         ({"gpu": "abacus"}, "gpu"),
         ({"sharding": "fsdp2"}, "needs gpus above 1"),
-        ({"sampling_gather": "layers"}, "no effect without sharding"),
         ({"gpu_memory_gib": -4}, "gpu_memory_gib must be a number above 0"),
         ({"load_in_4bit": "true", "use_peft": "false"}, "under LoRA only"),
         ({"load_in_4bit": "true", "gpus": 2, "sharding": "zero3"}, "4-bit weights stay whole"),

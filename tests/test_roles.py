@@ -233,6 +233,20 @@ def test_reward_models_that_are_merged_keep_their_value_adapter_beside_them(fold
     torch.testing.assert_close(one.scores("helpfulness", ours.sequences.ids, 1000), theirs.raw["helpfulness"])
 
 
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"FSDP_VERSION": "1"}, "fsdp_version in accelerate's configuration must be 2"),
+        ({"FSDP_VERSION": "2", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}, "cpu_ram_efficient_loading .* must be false"),
+    ],
+)
+def test_a_launch_that_would_leave_weights_empty_or_whole_is_refused(folders, monkeypatch, environment, message):
+    for name, value in ({"ACCELERATE_USE_FSDP": "true"} | environment).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=message):
+        shared(folders)
+
+
 def test_reward_model_of_another_tokenizer_is_refused(folders, tmp_path):
     path = save_tiny_reward_model(tmp_path / "rm", 0)
     tokenizer = load_tokenizer(path)
