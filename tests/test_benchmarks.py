@@ -10,7 +10,8 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM, LlamaForSequenceClassification
 
-from benchmarks import hh_pairs, ppo_iteration, ppo_task, reward_training
+from benchmarks import hh_pairs, ppo_iteration, ppo_outcome, ppo_task, reward_training
+from rlhf.pipeline import PipelineSettings, check_stages, read_stages
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -111,3 +112,18 @@ def test_ppo_iteration_computes_what_trl_computes(ppo_models, tmp_path, monkeypa
     monkeypatch.setattr(hh_pairs, "KIT", tmp_path / "none")
     found = ppo_iteration.check_equal(small_task(ppo_models, lengths), environment)  # raises where they differ
     assert ("advantages" in found) == (lengths == "fixed")
+
+
+def test_the_ways_of_the_outcome_study_sample_equally_much(tmp_path):
+    settings = PipelineSettings(ppo_outcome.stages_of([0.0, 0.15], 5632), str(tmp_path), 3, 2)
+    stages = {stage.name: stage for stage in read_stages(settings)}
+    check_stages(list(stages.values()))
+    ppo = {name: stage.settings for name, stage in stages.items() if stage.run == "ppo"}
+    drawn = {name: s["total_iterations"] * s["batch_size"] for name, s in ppo.items()}
+    kept = {name: s.settings["max_prompts"] * s.settings["samples_per_prompt"]
+            for name, s in stages.items() if s.run == "rejection_sampling"}  # fmt: skip
+    assert drawn == {"ppo_0": 5632, "ppo_0_15": 5632, "both": 2816}
+    assert kept == {"rejection_samples": 5632, "rejection_half_samples": 2816}
+    assert ppo["both"]["model_name_or_path"] == f"{tmp_path}/rejection_half/model"
+    assert ppo["ppo_0"]["model_name_or_path"] == f"{tmp_path}/sft/model"
+    assert {s["judge_safety_model_path"] for s in ppo.values()} == {f"{tmp_path}/judge_safety/model"}

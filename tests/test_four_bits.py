@@ -9,16 +9,24 @@ import shutil
 
 import pytest
 import torch
+from accelerate import Accelerator
 from safetensors.torch import load_file
 from tiny_models import save_tiny_policy, write_rows
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from configs.chat import load_chat_format
 from configs.errors import UserError
+from configs.model_settings import ModelSettings
+from configs.ppo_settings import PPOSettings
 from configs.records import RATINGS
 from reward.model import add_lora, create_reward_model, load_reward_model, save_reward_model
 from reward.scorer import score_ids
-from rlhf.models import load_tokenizer
+from rlhf.load_roles import load_roles
+from rlhf.models import load_tokenizer, save_policy
+from rlhf.rollout import advantages_and_returns, collect
+from rlhf.samples import Prompt
 from rlhf.train_reward import main
+from rlhf.update import make_optimizer, update
 
 needs_package = pytest.mark.skipif(
     importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed"
@@ -127,3 +135,38 @@ def test_the_script_trains_four_bits_end_to_end(base, tmp_path):
     (tmp_path / "run" / "summary.json").unlink()
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "checkpoint-12")
     assert main(words)["scores"] == summary["scores"]
+
+
+@needs_package
+def test_ppo_on_a_4_bit_base_trains_adapters_and_saves_the_plain_model_it_was(base, tmp_path):
+    tokenizer = load_tokenizer(base)
+    adapters = {}
+    for seed, name in enumerate(("helpfulness", "safety")):
+        torch.manual_seed(seed)
+        tuned = add_lora(create_reward_model(base, tokenizer, seed=seed), 4, 8, 0.0, None)
+        save_reward_model(tuned, tokenizer, tmp_path / name, "card")
+        adapters[f"{name}_model_path"] = str(tmp_path / name / "adapter")
+    ppo = PPOSettings(batch_size=8, mini_batch_size=4, max_new_tokens=5, token_budget=200, recompute_logprobs=True,
+                      learning_rate=1e-2, value_learning_rate=1e-2, **adapters)  # fmt: skip
+    model = ModelSettings(model_name_or_path=base, use_peft=True, lora_r=4, load_in_4bit=True)
+    roles = load_roles(ppo, model, tokenizer, CPU, 0)
+    quantised = sum(p.dtype == torch.uint8 for p in roles.policy.model.parameters())
+    assert quantised == 2 * len(LINEAR)  # once, for all five roles
+    prompts = [Prompt([], [1, 40 + i, 50]) for i in range(8)]
+    rollout = collect(roles, prompts, ppo, load_chat_format(tokenizer), tokenizer.pad_token_id, range(8), CPU)
+    accelerator = Accelerator(cpu=True)
+    advantages, returns = advantages_and_returns(rollout, ppo, accelerator)
+    figures, _ = update(roles, make_optimizer(roles, ppo), rollout, advantages, returns, ppo, accelerator, 0)
+    assert figures["optim/steps"] == 2
+    assert figures["policy/first_ratio_error"] < 1e-4
+    with roles.policy.acting():
+        save_policy(roles.policy.model, tokenizer, tmp_path / "policy", "card")
+        ids = torch.tensor([DIALOGUES[2]])
+        with torch.no_grad():
+            ours = roles.policy.model(ids).logits
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "policy", dtype=torch.float32)
+    assert not any(p.dtype == torch.uint8 for p in plain.parameters())
+    with torch.no_grad():
+        torch.testing.assert_close(plain(ids).logits, ours, atol=1e-3, rtol=1e-3)
+        start = AutoModelForCausalLM.from_pretrained(base)(ids).logits
+    assert (ours - start).abs().max() > 0.01
