@@ -87,9 +87,9 @@ def load_checkpoint(
 
 
 def whole_tensors(tensors: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
-    """All parts of each, where `keep`; every process has to call it."""
+    """All parts of each, where `keep`, in the CPU's memory: a GPU has no room for all; every process has to call it."""
     together = ((name, whole(tensor).detach()) for name, tensor in tensors.items())
-    return {name: tensor.contiguous() for name, tensor in together if keep}
+    return {name: tensor.cpu().contiguous() for name, tensor in together if keep}
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -35,6 +36,8 @@ def check() -> None:
     for name, device in _zero_settings().items():
         if isinstance(device, Mapping) and device.get("device") not in (None, "none"):
             raise UserError(f"{name} in accelerate's configuration must be none for PPO; for that, launch with FSDP2")
+    if find_spec("deepspeed") is None:
+        raise UserError("launched with DeepSpeed, which is not installed: pip install deepspeed, or launch with FSDP2")
 
 
 def is_part(tensor: Any) -> bool:

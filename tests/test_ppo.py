@@ -646,7 +646,9 @@ LORA = ("--use_peft", "true", "--lora_r", "4", "--gradient_checkpointing", "true
 def run_on_two(paths, script, output, *extra, environment, total):
     here = Path(__file__).resolve().parent
     before = NO_BUILD if environment is ZERO3 else ""
-    script.write_text(f"{before}from test_ppo import run_ppo\nrun_ppo({paths!r}, {str(output)!r}, *{extra!r}, total={total})\n")
+    script.write_text(
+        f"{before}from test_ppo import run_ppo\nrun_ppo({paths!r}, {str(output)!r}, *{extra!r}, total={total})\n"
+    )
     # `accelerate launch --cpu --num_processes 2` starts one process where there is no MPI
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     found = os.pathsep.join([str(here.parent), str(here), os.environ.get("PYTHONPATH", "")])
