@@ -126,7 +126,7 @@ class Optimizer:
         groups: list[dict[str, Any]],
         make: Callable[[list[dict[str, Any]]], torch.optim.Optimizer],
     ) -> None:
-        """`modules` hold all that `shard` has split; a group of `groups` has parameters in parts only or whole ones only."""
+        """`modules` hold all that `shard` has split. A group has parameters in parts only or whole ones only."""
         import deepspeed
 
         split = [group for group in groups if is_part(group["params"][0])]
