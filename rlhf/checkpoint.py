@@ -20,7 +20,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from rlhf.sharding import like, whole
+from rlhf import zero3
+from rlhf.sharding import assign, like, whole
 
 Trained = Mapping[str, Mapping[str, nn.Parameter]]  # by role, by name
 
@@ -29,7 +30,7 @@ def save_checkpoint(
     folder: str | Path,
     step: int,
     trained: Trained,
-    optimizer: torch.optim.Optimizer,
+    optimizer: torch.optim.Optimizer | zero3.Optimizer,
     state: Mapping[str, Any],
     write: bool = True,
 ) -> None:
@@ -62,7 +63,9 @@ def save_checkpoint(
             shutil.rmtree(other)
 
 
-def load_checkpoint(folder: str | Path, trained: Trained, optimizer: torch.optim.Optimizer) -> dict[str, Any] | None:
+def load_checkpoint(
+    folder: str | Path, trained: Trained, optimizer: torch.optim.Optimizer | zero3.Optimizer
+) -> dict[str, Any] | None:
     """Put the newest checkpoint under `folder` into weights, optimizer and random generators; its state, or None."""
     found = _checkpoints(folder)
     if not found:
@@ -84,9 +87,9 @@ def load_checkpoint(folder: str | Path, trained: Trained, optimizer: torch.optim
 
 
 def whole_tensors(tensors: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
-    """All parts of each, where `keep`; every process has to call it."""
-    together = ((name, whole(tensor.detach())) for name, tensor in tensors.items())
-    return {name: tensor.contiguous() for name, tensor in together if keep}
+    """All parts of each, where `keep`, in the CPU's memory: a GPU has no room for all; every process has to call it."""
+    together = ((name, whole(tensor).detach()) for name, tensor in tensors.items())
+    return {name: tensor.cpu().contiguous() for name, tensor in together if keep}
 
 
 @torch.no_grad()
@@ -96,7 +99,7 @@ def load_weights(parameters: Mapping[str, nn.Parameter], path: Path) -> None:
     if stored.keys() != parameters.keys():
         raise ValueError(f"{path} holds other weights than this run trains")
     for name, parameter in parameters.items():
-        parameter.copy_(like(stored[name], parameter))
+        assign(parameter, stored[name])
 
 
 def replace_folder(partial: Path, final: Path) -> None:

@@ -48,7 +48,7 @@ def load_roles(ppo: PPOSettings, model_settings: ModelSettings, tokenizer: Any, 
             own.train()
     if sharded:
         if model_settings.load_in_4bit:
-            raise UserError("load_in_4bit: 4-bit weights are not sharded; launch without FSDP, each GPU holds them all")
+            raise UserError("load_in_4bit: 4-bit weights are not sharded; launch without FSDP or DeepSpeed")
         roles.shard()
     return roles
 

@@ -68,12 +68,16 @@ class Roles:
         """What the optimizer changes and a checkpoint holds, by role and name."""
         return {"policy": self.policy.trained, "value": self.value.trained}
 
+    @property
+    def everyone(self) -> tuple[Role, ...]:
+        """All roles, the policy first."""
+        return (self.policy, self.reference, self.value, *self.reward_models.values())
+
     def shard(self) -> None:
         """Split every model over all processes (rlhf/sharding.py)."""
-        everyone = (self.policy, self.reference, self.value, *self.reward_models.values())
-        for role in everyone:
+        for role in self.everyone:
             shard(role.model)
-        for adapters in {id(role.adapters): role.adapters for role in everyone if role.adapters}.values():
+        for adapters in {id(role.adapters): role.adapters for role in self.everyone if role.adapters}.values():
             adapters.refresh()
         for role in (self.policy, self.value):
             holder = role.adapters.model if role.adapters else role.model

@@ -7,6 +7,7 @@ mini-batch is cut into micro-batches or spread over processes does not change th
 import logging
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,12 +15,14 @@ from torch import Tensor, nn
 
 from configs.errors import UserError
 from configs.ppo_settings import PPOSettings
+from rlhf import zero3
 from rlhf.importance import importance_weights
 from rlhf.losses import policy_loss_sum, value_loss_sum
+from rlhf.models import decoder_of
 from rlhf.roles import Roles
 from rlhf.rollout import Rollout
 from rlhf.sequences import Sequences
-from rlhf.sharding import clip_gradients, is_sharded
+from rlhf.sharding import clip_gradients, dimensions, is_sharded
 
 logger = logging.getLogger(__name__)
 
@@ -30,20 +33,33 @@ class NotFinite(UserError):
     """So many gradient steps in a row were refused that the run cannot go on as it is set up."""
 
 
-def make_optimizer(roles: Roles, ppo: PPOSettings) -> torch.optim.Optimizer:
+class AdamW(torch.optim.AdamW):
+    """AdamW that is told of backward passes, as DeepSpeed has to be."""
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradient of `loss`."""
+        loss.backward()
+
+
+Optimizer = AdamW | zero3.Optimizer
+
+
+def make_optimizer(roles: Roles, ppo: PPOSettings) -> Optimizer:
     """AdamW over policy and value model, each with its learning rate; weight decay on matrices only."""
     groups = []
     for role, rate in ((roles.policy, ppo.learning_rate), (roles.value, ppo.value_learning_rate)):
         for split in (False, True):  # the optimizer's fused step takes sharded tensors or whole ones
             trained = [p for p in role.trained.values() if is_sharded([p]) == split]
-            groups.append({"params": [p for p in trained if p.ndim > 1], "lr": rate, "weight_decay": ppo.weight_decay})
-            groups.append({"params": [p for p in trained if p.ndim <= 1], "lr": rate, "weight_decay": 0.0})
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
-        betas=(ppo.adam_beta1, ppo.adam_beta2),
-        eps=ppo.adam_epsilon,
-        fused=True,
-    )
+            groups.append(
+                {"params": [p for p in trained if dimensions(p) > 1], "lr": rate, "weight_decay": ppo.weight_decay}
+            )
+            groups.append({"params": [p for p in trained if dimensions(p) <= 1], "lr": rate, "weight_decay": 0.0})
+    groups = [group for group in groups if group["params"]]
+    make = partial(AdamW, betas=(ppo.adam_beta1, ppo.adam_beta2), eps=ppo.adam_epsilon, fused=True)
+    if zero3.wanted():
+        decoders = {id(decoder): decoder for role in roles.everyone for decoder in [decoder_of(role.model)]}
+        return zero3.Optimizer(decoders.values(), groups, make)
+    return make(groups)
 
 
 def mini_batches(responses: int, ppo: PPOSettings, seed: int) -> Iterable[list[int]]:
@@ -61,7 +77,7 @@ def mini_batches(responses: int, ppo: PPOSettings, seed: int) -> Iterable[list[i
 
 def update(
     roles: Roles,
-    optimizer: torch.optim.Optimizer,
+    optimizer: Optimizer,
     rollout: Rollout,
     advantages_BR: Tensor,
     returns_BR: Tensor,
@@ -89,7 +105,7 @@ def update(
         if ppo.truncated_responses == "mask" and not tokens:  # the same on all processes; else a step of decay alone
             continue
         batches = _micro_batches(rollout.sequences, rows, ppo.token_budget, parameters, accelerator)
-        stats = _backward(roles, rollout, batches, advantages_BR, returns_BR, tokens, ppo)
+        stats = _backward(roles, optimizer, rollout, batches, advantages_BR, returns_BR, tokens, ppo)
         _sum_gradients(parameters, accelerator)
         policy_norm, value_norm = (clip_gradients(group, ppo.max_grad_norm) for group in parameters)
         if torch.isfinite(policy_norm + value_norm):  # the one point of a step at which the device is waited for
@@ -123,6 +139,7 @@ def update(
 
 def _backward(
     roles: Roles,
+    optimizer: Optimizer,
     rollout: Rollout,
     micro_batches: Sequence[tuple[list[int], float]],
     advantages_BR: Tensor,
@@ -149,12 +166,12 @@ def _backward(
                 logprobs_N, entropy_N = roles.policy_logprobs(sequences, rows, entropy=True)
             policy_loss, policy_stats = policy_loss_sum(logprobs_N, old_N, advantages_N, ppo.clip_range, weights_N)
             loss = policy_loss + ppo.value_coef * value_loss if roles.one_trunk else policy_loss
-            (weight * loss / tokens).backward()
+            optimizer.backward(weight * loss / tokens)
         if not roles.one_trunk:
             with roles.value.acting():
                 values_N = roles.values(sequences, rows)
                 value_loss, value_stats = value_loss_sum(values_N, old_values_N, returns_N, ppo.value_clip_range)
-                (weight * ppo.value_coef * value_loss / tokens).backward()
+                optimizer.backward(weight * ppo.value_coef * value_loss / tokens)
 
         for name, value in {**policy_stats, **value_stats}.items():
             sums[name] += weight * value

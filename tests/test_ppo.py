@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -373,7 +374,8 @@ def test_a_run_killed_again_and_again_is_the_undisturbed_one(paths, tmp_path, lo
     run_ppo(paths, tmp_path / "straight", *extra, total=8)
     here = Path(__file__).resolve().parent
     code = f"from test_ppo import run_ppo\nrun_ppo({paths!r}, {str(tmp_path / 'killed')!r}, *{extra!r}, total=8)\n"
-    found = {**os.environ, "PYTHONPATH": f"{here.parent}{os.pathsep}{here}", "OMP_NUM_THREADS": "1"}
+    found = os.pathsep.join([str(here.parent), str(here), os.environ.get("PYTHONPATH", "")])
+    found = {**os.environ, "PYTHONPATH": found, "OMP_NUM_THREADS": "1"}
     moments = random.Random(int(lora))
     settings_file = tmp_path / "killed" / "settings.yaml"
     starts = 0
@@ -634,14 +636,23 @@ def test_bf16_rounds_hidden_states_and_little_else(paths):
 
 
 FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}  # what accelerate's launcher passes on of its file
+ZERO3 = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3",
+         "ACCELERATE_DEEPSPEED_ZERO3_INIT": "false", "DS_ACCELERATOR": "cpu"}  # fmt: skip
+NO_BUILD = "import deepspeed.ops\ndeepspeed.ops.__compatible_ops__['deepspeed_shm_comm'] = False\n"  # takes minutes
+with_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs deepspeed")
+LORA = ("--use_peft", "true", "--lora_r", "4", "--gradient_checkpointing", "true")
 
 
 def run_on_two(paths, script, output, *extra, environment, total):
     here = Path(__file__).resolve().parent
-    script.write_text(f"from test_ppo import run_ppo\nrun_ppo({paths!r}, {str(output)!r}, *{extra!r}, total={total})\n")
+    before = NO_BUILD if environment is ZERO3 else ""
+    script.write_text(
+        f"{before}from test_ppo import run_ppo\nrun_ppo({paths!r}, {str(output)!r}, *{extra!r}, total={total})\n"
+    )
     # `accelerate launch --cpu --num_processes 2` starts one process where there is no MPI
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    found = {**os.environ, "PYTHONPATH": f"{here.parent}{os.pathsep}{here}", "OMP_NUM_THREADS": "1", **environment}
+    found = os.pathsep.join([str(here.parent), str(here), os.environ.get("PYTHONPATH", "")])
+    found = {**os.environ, "PYTHONPATH": found, "OMP_NUM_THREADS": "1", **environment}
     subprocess.run([*launch, str(script)], env=found, check=True, timeout=180)
 
 
@@ -652,9 +663,11 @@ def run_on_two(paths, script, output, *extra, environment, total):
         ({}, ()),
         ({}, ADAPTIVE),
         (FSDP2, ()),
-        (FSDP2, ("--use_peft", "true", "--lora_r", "4", "--gradient_checkpointing", "true")),
+        (FSDP2, LORA),
+        pytest.param(ZERO3, (), marks=with_deepspeed),
+        pytest.param(ZERO3, LORA, marks=with_deepspeed),
     ],
-    ids=["copies", "masked copies", "sharded", "sharded LoRA"],
+    ids=["copies", "masked copies", "sharded", "sharded LoRA", "ZeRO-3", "ZeRO-3 LoRA"],
 )
 def test_two_processes_reach_what_one_does(paths, tmp_path, environment, extra):
     """Uneven shares included: 9 held-out prompts. Adam's epsilon keeps rounding in tiny gradients from growing."""
