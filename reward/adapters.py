@@ -127,6 +127,7 @@ def read_adapter(path: str | Path, base: str, field: str) -> tuple[LoraConfig, d
     config: Any = LoraConfig.from_pretrained(Path(files[0]).parent)
     config.modules_to_save = None  # the scalar head stands beside the base, not in it
     config.task_type = "CAUSAL_LM"
+    config.lora_dropout = 0.0  # says how it was trained, not what it is: whoever trains on sets it anew
     weights = load_file(files[1])
     heads = [name for name in weights if name.endswith(HEAD)]
     head = weights.pop(heads[0]) if heads else None

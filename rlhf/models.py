@@ -91,6 +91,7 @@ def load_policy(settings: ModelSettings, trainable: bool = True) -> PreTrainedMo
     model = load_base(settings, trainable)
     if settings.adapter_path is not None:
         config, weights, _ = read_adapter(settings.adapter_path, settings.model_name_or_path, "adapter_path")
+        config.lora_dropout = settings.lora_dropout
         adapters = Adapters(model)
         adapters.add("default", config, weights, trained=trainable)
         if trainable and settings.use_peft:
@@ -262,7 +263,9 @@ def merged_state_dict(model: PreTrainedModel | PeftModel) -> tuple[PreTrainedMod
         for name, module in base.named_modules():
             if isinstance(module, LoraLayer):
                 weight = dense_weight(module.get_base_layer())
-                delta = sum(module.get_delta_weight(adapter).float() for adapter in module.active_adapters)
+                # one base may carry adapters of other roles on layers that the acting one leaves alone
+                acting = [adapter for adapter in module.active_adapters if adapter in module.scaling]
+                delta = sum(module.get_delta_weight(adapter).float() for adapter in acting)
                 state[f"{name}.weight"] = (weight.float() + delta).to(weight.dtype).cpu()
             elif is_four_bit(module) and not name.endswith(".base_layer"):
                 state[f"{name}.weight"] = dense_weight(module).cpu()

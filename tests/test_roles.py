@@ -127,6 +127,37 @@ def test_a_trained_policy_leaves_reference_and_reward_models_where_they_are(fold
     assert (moved - before.logprobs_BR).abs().max() > 0.01
 
 
+def test_an_adapter_trained_with_dropout_computes_without(folders, tmp_path):
+    config = LoraConfig(r=3, lora_dropout=0.5, target_modules=LINEAR, task_type="CAUSAL_LM")
+    trained = shaken(get_peft_model(AutoModelForCausalLM.from_pretrained(folders["base"]), config), 7)
+    trained.save_pretrained(tmp_path / "adapter")
+    one, _ = shared(folders | {"sft": str(tmp_path)}, gradient_checkpointing=True)
+    sequences = Sequences.build([p.ids for p in some_prompts(2)], [[7, 8, 2], [9]], "cpu")
+    rows = range(2)
+    expected = one.reference_logprobs(sequences, rows)
+    assert one.policy.model.training
+    assert torch.equal(one.policy_logprobs(sequences, rows)[0].detach(), expected)
+
+
+def test_dropout_of_an_adapter_that_is_trained_further_is_that_of_the_settings(folders):
+    settings = ModelSettings(model_name_or_path=folders["base"], adapter_path=folders["sft"] + "/adapter",
+                             use_peft=True, lora_dropout=0.25)  # fmt: skip
+    rates = {m.p for name, m in load_policy(settings).named_modules() if "lora_dropout.default" in name}
+    assert rates == {0.25}
+
+
+def test_a_policy_with_fewer_adapted_layers_than_the_reward_models_is_saved(folders, tmp_path):
+    config = LoraConfig(r=3, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    trained = shaken(get_peft_model(AutoModelForCausalLM.from_pretrained(folders["base"]), config), 7)
+    trained.save_pretrained(tmp_path / "adapter")
+    one, _ = shared(folders | {"sft": str(tmp_path)})
+    with one.policy.acting():
+        save_policy(one.policy.model, load_tokenizer(folders["base"]), tmp_path / "model", "card")
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "model").state_dict()
+    for name, weight in trained.merge_and_unload().state_dict().items():
+        torch.testing.assert_close(saved[name], weight)
+
+
 def test_the_saved_policy_is_the_one_that_acted(folders, tmp_path):
     one, settings = shared(folders)
     with torch.no_grad():
