@@ -178,6 +178,8 @@ class PPOSettings(ScoringSettings):
             raise UserError(f"sampling_token_budget: {self.sampling_token_budget} tokens hold no response; give more")
         if self.temperature <= 0:
             raise UserError(f"temperature: {self.temperature} gives no distribution to train")
+        if self.eval_prompts < 1:
+            raise UserError(f"eval_prompts: {self.eval_prompts}; give at least 1, or no eval_prompt_file")
         if self.save_best and not self.eval_prompt_file:
             raise UserError("save_best needs eval_prompt_file: without held-out prompts there is no best")
         self._check_sampling()
@@ -251,3 +253,7 @@ class PPOSettings(ScoringSettings):
             raise UserError("judge_helpfulness_model_path needs eval_prompt_file: the judge scores held-out responses")
         if self.judge_patience < 0 or (self.judge_patience and not self.judge_helpfulness_model_path):
             raise UserError(f"judge_patience {self.judge_patience}: 0, or more with a judge_helpfulness_model_path")
+        if self.judge_patience and not self.eval_steps:
+            raise UserError(
+                "judge_patience has no effect with eval_steps: 0, which evaluates at the start and end only"
+            )

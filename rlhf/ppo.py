@@ -108,6 +108,7 @@ class Run:
             "figures": {}, "alarms": {}, "evaluations_since_best": 0, "judge_start": None,
         }  # fmt: skip
         self.folder_path = Path(run.output_dir)
+        self.checkpointed_best: int | None = None  # the step of the best policy that the newest checkpoint names
 
     def sample(self, prompts: Sequence[Prompt], seed: int, k: int = 1, with_values: bool = True) -> Rollout:
         """This process's share of the responses; seeds belong to prompts, so processes do not change them."""
@@ -161,9 +162,9 @@ class Run:
         if self.state["value_unit"] is not None or not self.ppo.value_path:
             return rollout
         scores, kept = self.gathered(self.ppo.batch_size, rollout.scores_B, rollout.kept_B(self.ppo)).unbind(1)
-        if not kept.any():
+        scores = scores[(kept > 0) & scores.isfinite()]  # nan would stay, in checkpoints too
+        if not len(scores):
             return rollout  # nothing is trained in this iteration either
-        scores = scores[kept > 0]
         shift, scale = float(scores.mean()), float(scores.std(unbiased=False).clamp(min=1e-3))
         self.state["value_unit"] = [shift, scale]
         self.roles.value_shift, self.roles.value_scale = shift, scale
@@ -279,6 +280,7 @@ class Run:
         state = load_checkpoint(self.folder_path, self.roles.trained, self.optimizer) if self.settings.resume else None
         if state is not None:
             self.state |= state
+            self.checkpointed_best = state["best"]["step"] if state["best"] else None
             self.roles.value_shift, self.roles.value_scale = state["value_unit"] or (0.0, 1.0)
         return self.state["step"]
 
@@ -287,7 +289,8 @@ class Run:
         write = self.accelerator.is_main_process
         save_checkpoint(self.folder_path, step, self.roles.trained, self.optimizer, self.state, write)
         if self.state["best"]:
-            self.drop_best(keep=self.state["best"]["step"])  # only now: until here the last checkpoint named the other
+            self.checkpointed_best = self.state["best"]["step"]
+            self.drop_best(keep=self.checkpointed_best)  # only now: until here the last checkpoint named the other
         self.accelerator.wait_for_everyone()
 
 
@@ -354,7 +357,7 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
     summary = folder.finish({"iterations": state["step"], "stopped_by": stopped_by, "best": state["best"],
                              **state["figures"], "alarms": spells(read_rows(run.folder_path, "alarms.jsonl")),
                              "seconds": seconds})  # fmt: skip
-    run.drop_best(keep=None)
+    run.drop_best(keep=run.checkpointed_best)  # of a run that goes on from there it may stay the best
     return summary
 
 

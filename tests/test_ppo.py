@@ -1,6 +1,7 @@
 """PPO: the objective on a rollout, steps that do not depend on the batch's cut, resumption bit for bit, safety nets."""
 
 import json
+import math
 import os
 import random
 import shutil
@@ -542,7 +543,16 @@ def test_the_kl_cap_stops_and_the_best_held_out_policy_is_kept(paths, tmp_path, 
     summary = run_ppo(paths, tmp_path, "--save_best", "true", "--kl_coef", "0")
     assert summary["best"]["step"] == 2
     assert torch.equal(final_weights(tmp_path), kept[2])
-    assert not list(tmp_path.glob("best-*"))
+    assert [path.name for path in tmp_path.glob("best-*")] == ["best-2"]
+
+    scores = iter([1.0])  # at step 6: a run that goes on from its end still has the best of before
+    summary = run_ppo(paths, tmp_path, "--save_best", "true", "--kl_coef", "0", total=6)
+    assert (summary["iterations"], summary["best"]["step"]) == (6, 2)
+    assert torch.equal(final_weights(tmp_path), kept[2])
+
+    scores = iter([0.0, 1.0])
+    run_ppo(paths, tmp_path / "no checkpoint", "--save_best", "true", "--save_steps", "0", total=1)
+    assert not list((tmp_path / "no checkpoint").glob("best-*"))
 
     scores = iter([0.0] * 9)
     summary = run_ppo(paths, tmp_path / "capped", "--max_kl_nats", "0.000001", "--learning_rate", "0.01", total=40)
@@ -613,7 +623,25 @@ def test_a_run_killed_while_it_hands_over_the_best_policy_finishes(paths, tmp_pa
     kept = {name for name in straight if not name.startswith(("time", "memory", "seconds"))}
     assert {name: again[name] for name in kept} == {name: straight[name] for name in kept}
     assert torch.equal(final_weights(tmp_path / "straight"), final_weights(tmp_path / "killed"))
-    assert not list((tmp_path / "killed").glob("best-*"))
+    left = [path.name for path in (tmp_path / "killed").glob("best-*")]
+    assert left == [path.name for path in (tmp_path / "straight").glob("best-*")]
+
+
+def test_a_score_that_is_no_number_does_not_spoil_the_scale_of_values(paths, tmp_path, monkeypatch):
+    real = ppo_script.Run.sample
+
+    def sample(self, prompts, seed, k=1, with_values=True):
+        rollout = real(self, prompts, seed, k, with_values)
+        if with_values and self.state["step"] == 0:
+            rollout.scores_B[0] = float("nan")
+        return rollout
+
+    monkeypatch.setattr(ppo_script.Run, "sample", sample)
+    run_ppo(paths, tmp_path, total=2)
+    steps = [(row["optim/steps"], row["optim/skipped_steps"]) for row in metrics(tmp_path)[1:]]
+    assert steps == [(0, 2), (2, 0)]
+    unit = json.loads((tmp_path / "checkpoint-2" / "state.json").read_text())["value_unit"]
+    assert all(map(math.isfinite, unit))
 
 
 def test_bf16_rounds_hidden_states_and_little_else(paths):
@@ -707,6 +735,8 @@ def test_user_mistakes(paths, tmp_path):
         load(paths, replace(settings_for(paths), helpfulness_model_path=""))
     with pytest.raises(UserError, match="neither `sft` nor `start`"):
         settings_for(paths, reference_model="base")
+    with pytest.raises(UserError, match="eval_prompts: 0"):
+        settings_for(paths, eval_prompts=0)
     with pytest.raises(UserError, match="neither `simulated` nor `none`"):
         settings_for(paths, gold="true")
 
