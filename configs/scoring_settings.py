@@ -11,6 +11,8 @@ Combination = Literal["piecewise", "helpfulness", "safety", "min", "mean", "ense
 BOTH = ("helpfulness", "safety")
 NEEDS = {"piecewise": BOTH, "helpfulness": BOTH[:1], "safety": BOTH[1:], "min": BOTH, "mean": BOTH, "ensemble": BOTH}
 LLAMA2_THRESHOLD = 0.15
+# Figures of PPO's log, in which eval/ has those of rewards, KL and responses side by side.
+TAKEN = (*BOTH, "combined", "safety_decides", "kl", "objective", "tokens", "tokens_p95", "stopped", "repetition")
 FUNCTION = re.compile(r"(?:(?P<name>\w+)=)?(?P<module>\w+(?:\.\w+)*):(?P<attribute>\w+(?:\.\w+)*)")
 
 
@@ -61,8 +63,8 @@ class ScoringSettings:
                     f"reward_functions: {text!r} is neither package.module:function nor name=package.module:function"
                 )
             name = match["name"] or match["attribute"].split(".")[-1]
-            if name in (*BOTH, "combined", "safety_decides"):
-                raise UserError(f"reward_functions: {name!r} is a score of ours; write another_name={text}")
+            if name in TAKEN:
+                raise UserError(f"reward_functions: {name!r} is a figure of ours; write another_name={text}")
             if name in places:
                 raise UserError(
                     f"reward_functions: two are called {name!r}; write another_name=package.module:function"
