@@ -52,8 +52,8 @@ class Adapters:
                 raise UserError(f"the adapter for {name} has weights for {unexpected[0]}, which the base lacks")
         self._trained[name] = {}
         if trained:
-            self._trained[name] = {
-                key: p for key, p in self.model.named_parameters() if f".{name}." in key and "lora_" in key
+            self._trained[name] = {  # an adapter of embeddings ends in its name, others go on
+                key: p for key, p in self.model.named_parameters() if f".{name}." in f"{key}." and "lora_" in key
             }
         self._keep_gradients()
 

@@ -16,7 +16,7 @@ from reward.attention import use_tree_attention
 from reward.model import BorrowedBackbone, create_reward_model, load_reward_model
 from rlhf import sharding
 from rlhf.hardware import attend_in_float32
-from rlhf.models import freeze_embeddings, load_base, load_policy, lora_config, resolve_dtype, unwrap
+from rlhf.models import decoder_of, freeze_embeddings, load_base, load_policy, lora_config, resolve_dtype, unwrap
 from rlhf.roles import Role, Roles, check_plain_head
 
 POLICY = "default"  # what peft calls an adapter that stands alone: the saved one loads without naming it
@@ -110,6 +110,7 @@ class _Separate(_Loader):
             dtype = resolve_dtype(self.model, trainable=True)
             value = create_reward_model(self.base, self.tokenizer, dtype, self.model.attn_implementation, self.seed)
             nn.init.zeros_(value.score.weight)
+            decoder_of(value).load_state_dict(decoder_of(policy).state_dict())  # adapter_path is merged there only
         else:
             value = self.reward_model(self.ppo.value_path, trainable=True)
         if self.model.freeze_embeddings:

@@ -16,7 +16,7 @@ from configs.ppo_settings import PPOSettings
 from reward.model import add_lora, create_reward_model, save_reward_model
 from reward.scorer import score_ids
 from rlhf.load_roles import load_roles
-from rlhf.models import load_policy, load_tokenizer, save_policy
+from rlhf.models import decoder_of, load_policy, load_tokenizer, save_policy
 from rlhf.rollout import collect
 from rlhf.sequences import Sequences
 
@@ -125,6 +125,33 @@ def test_a_trained_policy_leaves_reference_and_reward_models_where_they_are(fold
     torch.testing.assert_close(one.scores("safety", sequences.ids, 1000), before.raw["safety"])
     moved = sequences.scatter([(rows, one.policy_logprobs(sequences, rows)[0].detach())])
     assert (moved - before.logprobs_BR).abs().max() > 0.01
+
+
+def test_a_value_model_from_a_policy_of_all_weights_has_its_merged_adapter(folders):
+    settings = PPOSettings(helpfulness_model_path=folders["helpfulness"], safety_model_path=folders["safety"],
+                           value_model="policy", **SMALL)  # fmt: skip
+    model = ModelSettings(model_name_or_path=folders["base"], adapter_path=folders["sft"] + "/adapter")
+    roles = load_roles(settings, model, load_tokenizer(folders["base"]), "cpu", 0)
+    policy, value = (decoder_of(role.model).state_dict() for role in (roles.policy, roles.value))
+    assert policy.keys() == value.keys()
+    assert all(torch.equal(policy[name], value[name]) for name in policy)
+    assert not {p.data_ptr() for p in roles.policy.model.parameters()} & {
+        p.data_ptr() for p in roles.value.model.parameters()
+    }
+
+
+def test_an_adapter_of_embeddings_is_trained(folders):
+    settings = PPOSettings(
+        helpfulness_model_path=folders["helpfulness"] + "/adapter", safety_model_path=folders["safety"] + "/adapter",
+        **SMALL,
+    )  # fmt: skip
+    model = ModelSettings(model_name_or_path=folders["base"], use_peft=True,
+                          lora_target_modules=["q_proj", "embed_tokens"])  # fmt: skip
+    policy = load_roles(settings, model, load_tokenizer(folders["base"]), "cpu", 0).policy
+    names = {name for name, _ in policy.model.named_parameters() if "lora_" in name and ".default" in name}
+    assert policy.trained.keys() == names
+    assert any("lora_embedding_A" in name for name in names)
+    assert all(p.requires_grad for p in policy.trained.values())
 
 
 def test_an_adapter_trained_with_dropout_computes_without(folders, tmp_path):
