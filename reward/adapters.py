@@ -108,8 +108,8 @@ def is_adapter(path: str | Path) -> bool:
 def read_adapter(path: str | Path, base: str, field: str) -> tuple[LoraConfig, dict[str, Tensor], Tensor | None]:
     """The configuration, weights and scalar head ([1, D], None for a language model) of an adapter of `base`.
 
-    Raises UserError, naming `field`, where there is none, where it is not LoRA, and where it was made for another base:
-    the numbers would fit and mean nothing.
+    Raises UserError, naming `field`, where there is none, where it is not LoRA, where it was made for another base (the
+    numbers would fit and mean nothing) and where it changes more than its layers' products.
     """
     try:
         files = [cached_file(str(path), name) for name in (CONFIG, WEIGHTS)]
@@ -124,14 +124,21 @@ def read_adapter(path: str | Path, base: str, field: str) -> tuple[LoraConfig, d
             f"{field}: the adapter {path} was made for {made_for}, the model here is {base}. Train it on this base, "
             f"pass a merged model instead, or correct base_model_name_or_path in its {CONFIG} if both are the same"
         )
+    whole = sorted({*(described.get("modules_to_save") or [])} - {"score", "classifier"})  # peft names both of its own
+    if whole or described.get("bias", "none") != "none":
+        raise UserError(
+            f"{field}: the adapter {path} changes weights of the base too ({', '.join(whole) or 'biases'}), which "
+            "other roles share; pass a merged model instead"
+        )
     config: Any = LoraConfig.from_pretrained(Path(files[0]).parent)
     config.modules_to_save = None  # the scalar head stands beside the base, not in it
     config.task_type = "CAUSAL_LM"
     config.lora_dropout = 0.0  # says how it was trained, not what it is: whoever trains on sets it anew
     weights = load_file(files[1])
     heads = [name for name in weights if name.endswith(HEAD)]
-    head = weights.pop(heads[0]) if heads else None
-    return config, weights, head
+    head = weights[heads[0]] if heads else None
+    # peft adds the embeddings where a padding token was added: loaded, they would replace those of the base
+    return config, {name: weight for name, weight in weights.items() if "lora_" in name}, head
 
 
 def _same_model(one: str | None, other: str) -> bool:

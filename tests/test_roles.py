@@ -1,5 +1,6 @@
 """The five roles on one base: the numbers of separate merged models, in the memory of one."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -138,6 +139,24 @@ def test_a_value_model_from_a_policy_of_all_weights_has_its_merged_adapter(folde
     assert not {p.data_ptr() for p in roles.policy.model.parameters()} & {
         p.data_ptr() for p in roles.value.model.parameters()
     }
+
+
+def test_an_adapter_leaves_the_embeddings_of_the_base_alone(folders, tmp_path):
+    base = save_tiny_policy(tmp_path / "base", 0, pad=False, hidden_size=64, intermediate_size=128)
+    tokenizer = load_tokenizer(base)  # with a padding token, for which the embeddings grow
+    reward = add_lora(create_reward_model(base, tokenizer), 4, 8, 0.0, LINEAR)
+    save_reward_model(reward, tokenizer, tmp_path / "reward", "card")
+    adapter = tmp_path / "reward" / "adapter"
+    settings = PPOSettings(helpfulness_model_path=str(adapter), safety_model_path=str(adapter), **SMALL)
+    model = ModelSettings(model_name_or_path=base, use_peft=True)
+    policy = load_roles(settings, model, tokenizer, "cpu", 0).policy.model
+    expected = load_policy(ModelSettings(model_name_or_path=base)).get_input_embeddings().weight
+    assert torch.equal(policy.get_input_embeddings().weight, expected)
+    written = json.loads((adapter / "adapter_config.json").read_text())
+    for change in ({"modules_to_save": ["embed_tokens"]}, {"bias": "lora_only"}):
+        (adapter / "adapter_config.json").write_text(json.dumps(written | change))
+        with pytest.raises(UserError, match="changes weights of the base too"):
+            load_roles(settings, model, tokenizer, "cpu", 0)
 
 
 def test_an_adapter_of_embeddings_is_trained(folders):
