@@ -48,7 +48,7 @@ class PlanSettings:
     sharding: Literal["none", "fsdp2", "zero3"] = field(
         default="none", metadata={"help": "none: every process holds all; fsdp2, zero3: weights and states are split"}
     )
-    judges: int = field(default=0, metadata={"help": "held-out judges loaded beside the reward models"})
+    judges: int = field(default=0, metadata={"help": "held-out judges loaded beside those that the config names"})
     adapter_rank: int | None = field(
         default=None,
         metadata={"help": "LoRA rank of adapter folders that are not there yet; none: lora_r, with adapter_path 64"},

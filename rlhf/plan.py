@@ -86,7 +86,12 @@ def roles_of(ppo: PPOSettings, model: ModelSettings, settings: PlanSettings, pla
     start = ppo.sft_model_path if ppo.reference_model == "sft" else model.adapter_path
     unknown = unknown_rank(model, settings)
     reference = "off" if not start else "model" if adapter_rank(start, unknown) is None else "adapter"
-    paths = {"helpfulness reward": ppo.helpfulness_model_path, "safety reward": ppo.safety_model_path}
+    paths = {f"{name} reward": path for name, path in ppo.reward_model_paths.items()}
+    if ppo.judge_helpfulness_model_path:
+        paths |= {
+            "helpfulness judge": ppo.judge_helpfulness_model_path,
+            "safety judge": ppo.judge_safety_model_path,
+        }
     ranks = {name: adapter_rank(path, unknown) if plan.lora else None for name, path in paths.items()}
     rank: int | None = plan.rank
     value = "adapter"
@@ -97,7 +102,7 @@ def roles_of(ppo: PPOSettings, model: ModelSettings, settings: PlanSettings, pla
         if rank is None:
             value = "borrowed" if ppo.value_model == "helpfulness" else "model"
     for number in range(settings.judges):
-        ranks[f"judge {number + 1}"] = ranks["helpfulness reward"]
+        ranks[f"judge {number + 1}"] = next(iter(ranks.values()), None)
     return [
         *policy_roles(plan, reference),
         value_role(plan, value, rank or model.lora_r),
@@ -121,7 +126,7 @@ def time_of(ppo: PPOSettings, settings: PlanSettings, plan: Plan) -> dict[str, A
     prompt = settings.mean_prompt_tokens or ppo.max_prompt_tokens / 2
     response = settings.mean_response_tokens or ppo.max_new_tokens
     work = Work(
-        scorers=2, logprob_passes=1 + (ppo.recompute_logprobs or ppo.bf16), epochs=ppo.ppo_epochs,
+        scorers=len(ppo.reward_model_paths), logprob_passes=1 + ppo.recomputes, epochs=ppo.ppo_epochs,
         mean_response=response, mean_prompt=prompt, one_trunk=ppo.value_model == "trunk",
     )  # fmt: skip
     seconds = iteration_seconds(plan, work, device)

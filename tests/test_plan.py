@@ -225,6 +225,10 @@ def test_value_and_reward_models_are_on_the_base_where_they_are_adapters():
     assert [name for name, role in roles.items() if role.shared] == [
         "policy", "reference", "value", "helpfulness reward", "judge 1"
     ]  # fmt: skip
+    judged = dataclasses.replace(ppo, judge_helpfulness_model_path="j/adapter", judge_safety_model_path="k/model",
+                     eval_prompt_file="e", reward_combination="helpfulness", safety_model_path="")  # fmt: skip
+    named = [role.name for role in plan.roles_of(judged, model, PlanSettings(), plan_of())]
+    assert named[-3:] == ["helpfulness reward", "helpfulness judge", "safety judge"]
     assert roles["safety reward"].total > 10 * roles["helpfulness reward"].total
 
 
