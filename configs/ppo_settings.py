@@ -253,6 +253,8 @@ class PPOSettings(ScoringSettings):
             raise UserError("judge_helpfulness_model_path needs eval_prompt_file: the judge scores held-out responses")
         if self.judge_patience < 0 or (self.judge_patience and not self.judge_helpfulness_model_path):
             raise UserError(f"judge_patience {self.judge_patience}: 0, or more with a judge_helpfulness_model_path")
+        if self.judge_patience and not self.save_best:
+            raise UserError("judge_patience needs save_best: true; without it the run would hand over what came after")
         if self.judge_patience and not self.eval_steps:
             raise UserError(
                 "judge_patience has no effect with eval_steps: 0, which evaluates at the start and end only"

@@ -1,14 +1,27 @@
 """Scores of many dialogues at once: padded batches of similar length, without gradients."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from reward.collate import batches_by_budget, pad_right
 from reward.model import takes_trees, tree_scores
 from reward.tree import IdList, collate_trees, lay_out_beginnings, split_into_trees, tree_length
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """No dropout, gradient checkpointing inert; each module's mode comes back, also where models share modules."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 @torch.inference_mode()
@@ -26,27 +39,25 @@ def score_ids(model: Any, id_lists: Sequence[IdList], token_budget: int = 8192, 
     if len(id_lists) % k:
         raise ValueError(f"{len(id_lists)} id lists are not {k} a prompt")
     device = next(model.parameters()).device
-    was_training = model.training
-    model.eval()
     result_N = torch.empty(len(id_lists), dtype=torch.float32)
-    if k > 1 and takes_trees(model):
-        trees = [
-            [first + i for i in tree]
-            for first in range(0, len(id_lists), k)
-            for tree in split_into_trees(id_lists[first : first + k])
-        ]
-        dialogues = [[id_lists[i] for i in tree] for tree in trees]
-        for batch in batches_by_budget([tree_length(each) for each in dialogues], token_budget):
-            inputs = collate_trees([dialogues[b] for b in batch], pad_id=0)
-            scores_BK = tree_scores(model, {name: tensor.to(device) for name, tensor in inputs.items()}).cpu()
-            for b, scores_K in zip(batch, scores_BK, strict=True):
-                result_N[trees[b]] = scores_K[: len(trees[b])]
-    else:
-        for batch in batches_by_budget(lengths, token_budget):
-            input_ids_BT, mask_BT = pad_right([id_lists[i] for i in batch], pad_id=0)
-            scores_B1 = model(input_ids=input_ids_BT.to(device), attention_mask=mask_BT.to(device)).logits
-            result_N[batch] = scores_B1[:, 0].cpu()
-    model.train(was_training)
+    with evaluation_mode(model):
+        if k > 1 and takes_trees(model):
+            trees = [
+                [first + i for i in tree]
+                for first in range(0, len(id_lists), k)
+                for tree in split_into_trees(id_lists[first : first + k])
+            ]
+            dialogues = [[id_lists[i] for i in tree] for tree in trees]
+            for batch in batches_by_budget([tree_length(each) for each in dialogues], token_budget):
+                inputs = collate_trees([dialogues[b] for b in batch], pad_id=0)
+                scores_BK = tree_scores(model, {name: tensor.to(device) for name, tensor in inputs.items()}).cpu()
+                for b, scores_K in zip(batch, scores_BK, strict=True):
+                    result_N[trees[b]] = scores_K[: len(trees[b])]
+        else:
+            for batch in batches_by_budget(lengths, token_budget):
+                input_ids_BT, mask_BT = pad_right([id_lists[i] for i in batch], pad_id=0)
+                scores_B1 = model(input_ids=input_ids_BT.to(device), attention_mask=mask_BT.to(device)).logits
+                result_N[batch] = scores_B1[:, 0].cpu()
     return result_N
 
 
@@ -65,9 +76,6 @@ def score_positions(model: Any, ids: IdList, first: int, end_id: int | None = No
         end = [] if end_id is None else [end_id]
         return score_ids(model, [[*ids[: last + 1], *end] for last in range(first, len(ids))])
     device = next(model.parameters()).device
-    was_training = model.training
-    model.eval()
     inputs = lay_out_beginnings(ids, first, end_id)
-    scores_1S = tree_scores(model, {name: tensor.to(device) for name, tensor in inputs.items()})
-    model.train(was_training)
-    return scores_1S[0].cpu()
+    with evaluation_mode(model):
+        return tree_scores(model, {name: tensor.to(device) for name, tensor in inputs.items()})[0].cpu()

@@ -13,6 +13,7 @@ from transformers import StopStringCriteria
 
 from configs.errors import UserError
 from configs.sampling_settings import SamplingSettings
+from reward.scorer import evaluation_mode
 from rlhf.kv_cache import RowCache, visible
 from rlhf.shared_prompts import SharedPrompts
 
@@ -26,15 +27,9 @@ NO_TOKEN = 1 << 40  # stands before a response's first token where its text is s
 @contextmanager
 def evaluating(model: Any) -> Iterator[None]:
     """Evaluation mode (no dropout, gradient checkpointing inert) without gradients; each module's mode comes back."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        # no_grad, not inference_mode: a model whose rotary buffers follow the length would keep inference tensors.
-        with torch.no_grad():
-            yield
-    finally:
-        for module in training:
-            module.training = True
+    # no_grad, not inference_mode: a model whose rotary buffers follow the length would keep inference tensors.
+    with evaluation_mode(model), torch.no_grad():
+        yield
 
 
 class Stops:

@@ -28,6 +28,8 @@ def load_roles(ppo: PPOSettings, model_settings: ModelSettings, tokenizer: Any, 
     Raises UserError where a model is missing, is not what its field asks for, or reads ids by another tokenizer.
     """
     sharded = sharding.wanted()
+    if sharded and model_settings.load_in_4bit:
+        raise UserError("load_in_4bit: 4-bit weights are not sharded; launch without FSDP or DeepSpeed")
     if ppo.value_model == "helpfulness" and not ppo.helpfulness_model_path:
         raise UserError("value_model: helpfulness needs helpfulness_model_path; without one use value_model: policy")
     for field, path in reward_paths(ppo).items():
@@ -46,10 +48,10 @@ def load_roles(ppo: PPOSettings, model_settings: ModelSettings, tokenizer: Any, 
         if ppo.gradient_checkpointing and role.trained and not isinstance(own, BorrowedBackbone):
             unwrap(own).gradient_checkpointing_enable({"use_reentrant": False})
             own.train()
+        if sharded:  # one after the other: no GPU ever holds more than one model whole
+            sharding.shard(role.model)
     if sharded:
-        if model_settings.load_in_4bit:
-            raise UserError("load_in_4bit: 4-bit weights are not sharded; launch without FSDP or DeepSpeed")
-        roles.shard()
+        roles.refresh()
     return roles
 
 

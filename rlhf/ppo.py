@@ -102,6 +102,9 @@ class Run:
         if not self.prompts:
             raise UserError("prompt_files: no prompts to sample from")
         self.scoring.try_out(self.prompts[0], self.chat_format)
+        if any(p.dtype == torch.bfloat16 for p in self.roles.policy.model.parameters()):
+            # Sampling with a cache rounds such weights otherwise than training does: ratios would not start at 1.
+            self.ppo = ppo = replace(ppo, recompute_logprobs=True)
         self.optimizer = make_optimizer(self.roles, ppo)
         self.state: dict[str, Any] = {
             "step": 0, "skipped": 0, "best": None, "unit": None, "value_unit": None, "kl_coef": ppo.kl_coef,
@@ -186,7 +189,7 @@ class Run:
             judged, scores = self.judged(rollout)
             figures, combined = figures | judged, judged["eval/judge_combined"]
         if self.state["unit"] is None:
-            self.state["unit"] = [float(scores.mean()), float(scores.std(unbiased=False).clamp(min=1e-3))]
+            self.state["unit"] = moments_of(scores, "held-out score")
         mean, deviation = self.state["unit"]
         objective = (combined - mean) / deviation - self.ppo.kl_coef * figures["eval/kl"]
         best = self.state["best"]
@@ -294,8 +297,21 @@ class Run:
         self.accelerator.wait_for_everyone()
 
 
+def moments_of(scores: torch.Tensor, what: str) -> list[float]:
+    """Mean and deviation of those that are numbers. UserError where none is."""
+    finite = scores[scores.isfinite()]
+    if not len(finite):
+        raise UserError(f"no {what} is a number: check the reward models (a training that diverged, or a dtype)")
+    return [float(finite.mean()), float(finite.std(unbiased=False).clamp(min=1e-3))]
+
+
 def check_same_run(output_dir: str, settings: dict[str, Any]) -> None:
     """UserError where the checkpoint in `output_dir` is of a run that was set up in another way."""
+    if latest_step(output_dir) > settings["total_iterations"]:
+        raise UserError(
+            f"{output_dir} holds a checkpoint of iteration {latest_step(output_dir)}, behind total_iterations "
+            f"{settings['total_iterations']}. Name another output_dir, or pass --resume false to begin again there"
+        )
     before = saved_settings(output_dir)
     now = plain(settings)
     changed = [name for name in now if name not in ADJUSTABLE and before.get(name) != now[name]]

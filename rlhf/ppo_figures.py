@@ -99,7 +99,9 @@ def time_figures(rollout: Rollout, begin: float, collected: float, done: float, 
 
 
 def decoded(rollout: Rollout, rows: int, chat_format: ChatFormat, split: str) -> list[dict[str, Any]]:
-    """The first `rows` responses as text with their scores and KL: the first place where reward hacking shows."""
+    """The first response to each of the first `rows` prompts as text with its scores: the first place where reward
+    hacking shows.
+    """
     kl_B = rollout.kl_BR.sum(1).tolist()
     return [
         {
@@ -113,5 +115,5 @@ def decoded(rollout: Rollout, rows: int, chat_format: ChatFormat, split: str) ->
             "tokens": len(rollout.responses[i]),
             "stopped": bool(rollout.stopped_B[i]),
         }
-        for i in range(min(rows, len(rollout.prompts)))
+        for i in range(0, len(rollout.prompts), rollout.sequences.k)[:rows]
     ]

@@ -23,7 +23,7 @@ from rlhf.hardware import mixed_precision
 from rlhf.losses import token_logprobs
 from rlhf.models import unwrap
 from rlhf.sequences import Sequences
-from rlhf.sharding import gathered, shard
+from rlhf.sharding import gathered
 
 
 @dataclass
@@ -73,10 +73,8 @@ class Roles:
         """All roles, the policy first."""
         return (self.policy, self.reference, self.value, *self.reward_models.values())
 
-    def shard(self) -> None:
-        """Split every model over all processes (rlhf/sharding.py)."""
-        for role in self.everyone:
-            shard(role.model)
+    def refresh(self) -> None:
+        """After sharding (rlhf/sharding.py), which puts new parameters in the place of the old ones."""
         for adapters in {id(role.adapters): role.adapters for role in self.everyone if role.adapters}.values():
             adapters.refresh()
         for role in (self.policy, self.value):

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from configs.errors import UserError
@@ -37,6 +37,8 @@ def wanted() -> bool:
         return False
     if os.environ.get(VERSION, "1") != "2":
         raise UserError("fsdp_version in accelerate's configuration must be 2 for PPO")
+    if _flag(OFFLOAD):
+        raise UserError("fsdp_offload_params in accelerate's configuration must be false for PPO")
     if _flag(RAM_EFFICIENT):  # transformers would leave the weights of all processes but one empty
         raise UserError("fsdp_cpu_ram_efficient_loading in accelerate's configuration must be false for PPO")
     return True
@@ -51,11 +53,7 @@ def shard(model: Any) -> None:
     if zero3.wanted():
         zero3.shard(zero3.largest(decoder, lambda p: p not in whole))
         return
-    options: dict[str, Any] = {
-        "reshard_after_forward": _flag(RESHARD, "true"),
-        "offload_policy": CPUOffloadPolicy() if _flag(OFFLOAD) else OffloadPolicy(),
-        "ignored_params": whole,
-    }
+    options: dict[str, Any] = {"reshard_after_forward": _flag(RESHARD, "true"), "ignored_params": whole}
     layers = set(decoder._no_split_modules or [])
     for module in decoder.modules():
         if type(module).__name__ in layers:

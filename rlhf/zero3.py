@@ -35,7 +35,7 @@ def check() -> None:
         raise UserError("zero3_init_flag in accelerate's configuration must be false for PPO: heads stay whole")
     for name, device in _zero_settings().items():
         if isinstance(device, Mapping) and device.get("device") not in (None, "none"):
-            raise UserError(f"{name} in accelerate's configuration must be none for PPO; for that, launch with FSDP2")
+            raise UserError(f"{name} in accelerate's configuration must be none for PPO")
     if find_spec("deepspeed") is None:
         raise UserError("launched with DeepSpeed, which is not installed: pip install deepspeed, or launch with FSDP2")
 

@@ -746,3 +746,23 @@ def test_the_token_budget_is_the_devices_unless_chosen():
     assert (token_budget(0, cpu), token_budget(0, gpu), token_budget(200, cpu)) == (768, 8192, 200)
     with pytest.raises(UserError, match="token_budget"):
         PPOSettings(token_budget=-1)
+
+
+def test_a_held_out_score_that_is_no_number_does_not_spoil_the_unit():
+    scores = torch.tensor([1.0, float("nan"), 3.0, float("inf")])
+    assert ppo_script.moments_of(scores, "score") == [2.0, 1.0]  # population deviation of 1 and 3
+    with pytest.raises(UserError, match="no held-out score is a number"):
+        ppo_script.moments_of(torch.tensor([float("nan")]), "held-out score")
+
+
+def test_fewer_iterations_than_are_done_is_a_mistake(paths, tmp_path):
+    run_ppo(paths, tmp_path, total=4)
+    with pytest.raises(UserError, match="checkpoint of iteration 4, behind total_iterations 2"):
+        run_ppo(paths, tmp_path, total=2)
+
+
+def test_bfloat16_weights_have_their_old_logprobs_recomputed(paths, tmp_path):
+    run_ppo(paths, tmp_path, "--dtype", "bfloat16", total=1)
+    row = metrics(tmp_path)[1]
+    assert 0 < row["sampler/logprob_gap"] < 0.1  # bfloat16 rounds the cached forward otherwise
+    assert row["policy/first_ratio_error"] < 1e-3
