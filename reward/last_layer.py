@@ -1,8 +1,8 @@
 """The last decoder layer at those places only whose hidden states are read.
 
 A score is read at a dialogue's last token and log-probs before its response tokens, so of the last layer the other
-places are needed as keys and values alone: their queries, attention and feed-forward part, most of a layer, are left out.
-That is exact. It is much of a small model, and 1/32 or less of a large one.
+places are needed as keys and values alone: their queries, attention and feed-forward part, most of a layer, are left
+out. That is exact. It is much of a small model, and 1/32 or less of a large one.
 
 Letters: B rows, T tokens, N places that are read, S of them in a row at most, H heads, W head width, D hidden.
 """

@@ -47,7 +47,8 @@ def assert_same(model, tolerance: float = 1e-12) -> None:
     assert last_layer._skips(model)
     torch.testing.assert_close(found, expected, rtol=0, atol=tolerance)
     wanted, got = gradients(model, expected), gradients(model, found)
-    assert wanted.keys() == got.keys() and wanted
+    assert wanted
+    assert wanted.keys() == got.keys()
     for name in wanted:
         torch.testing.assert_close(got[name], wanted[name], rtol=1e-8, atol=100 * tolerance, msg=name)
 
@@ -55,7 +56,8 @@ def assert_same(model, tolerance: float = 1e-12) -> None:
 def test_places_by_hand():
     # rows: . x x . | . . . x
     places = Places.of(torch.tensor([[False, True, True, False], [False, False, False, True]]))
-    assert places.row_N.tolist() == [0, 0, 1] and places.place_N.tolist() == [1, 2, 3]
+    assert places.row_N.tolist() == [0, 0, 1]
+    assert places.place_N.tolist() == [1, 2, 3]
     assert places.slot_N.tolist() == [0, 1, 0]
     t, f = True, False
     assert places.visible_B1ST.tolist() == [[[[t, t, f, f], [t, t, t, f]]], [[[t, t, t, t], [t, f, f, f]]]]
