@@ -80,7 +80,8 @@ class Ours:
             helpfulness_model_path=task.model("helpfulness"), safety_model_path=task.model("safety"),
             max_new_tokens=task.max_new_tokens, batch_size=batch, mini_batch_size=batch, ppo_epochs=task.epochs,
             bf16=task.bf16,
-            token_budget=token_budget(task.token_budget, self.accelerator.device), learning_rate=task.learning_rate,
+            token_budget=token_budget(task.token_budget, self.accelerator.device, task.bf16),
+            learning_rate=task.learning_rate,
             value_learning_rate=task.learning_rate, weight_decay=task.weight_decay, kl_coef=task.kl_coef, **options,
         )  # fmt: skip
         lora = {"use_peft": True, "lora_r": LORA["r"], "lora_alpha": LORA["alpha"]} if task.lora else {}

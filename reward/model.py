@@ -28,6 +28,7 @@ from configs.chat import sentencepiece_file
 from configs.errors import UserError
 from reward.adapters import read_adapter
 from reward.attention import TREE_ATTENTION, use_tree_attention, whole_mask
+from reward.last_layer import hidden_at
 from reward.quantized import four_bit_options, is_quantized, keep_layout, plain_model
 
 
@@ -51,13 +52,14 @@ class ScoreAtEnd:
         """
         backbone = getattr(self, self.base_model_prefix)  # type: ignore[attr-defined]
         if ends is None:
-            inputs = {"attention_mask": attention_mask}
-            ends = attention_mask.sum(dim=1, keepdim=True) - 1
+            ends_B1 = attention_mask.sum(dim=1, keepdim=True) - 1
+            is_end_BT = torch.arange(attention_mask.shape[1], device=ends_B1.device) == ends_B1
+            hidden_BSD = hidden_at(backbone, input_ids, is_end_BT, attention_mask=attention_mask)[:, None]
         else:
             inputs = tree_layout(self, attention_mask, position_ids)
-        hidden_BTD = backbone(input_ids=input_ids, use_cache=False, **inputs).last_hidden_state
-        hidden_BSD = hidden_BTD[torch.arange(len(ends), device=ends.device)[:, None], ends]
-        with torch.autocast(hidden_BTD.device.type, enabled=False):
+            hidden_BTD = backbone(input_ids=input_ids, use_cache=False, **inputs).last_hidden_state
+            hidden_BSD = hidden_BTD[torch.arange(len(ends), device=ends.device)[:, None], ends]
+        with torch.autocast(hidden_BSD.device.type, enabled=False):
             scores_BS = self.score(hidden_BSD.float())[..., 0]  # type: ignore[attr-defined]
         return SequenceClassifierOutputWithPast(logits=scores_BS)
 

@@ -18,6 +18,7 @@ if __package__ in (None, ""):  # launched by path, Python puts rlhf/ first
 
 from rlhf import cli  # noqa: I001  (first: it switches off telemetry before other libraries are imported)
 
+import torch
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -27,7 +28,7 @@ from configs.model_settings import ModelSettings, RunSettings
 from configs.plan_settings import PlanSettings
 from configs.ppo_settings import PPOSettings
 from rlhf.decoding import CPU_FEED_TOKENS, FEED_TOKENS
-from rlhf.hardware import CPU_TOKENS, GPU_TOKENS
+from rlhf.hardware import token_budget
 from rlhf.plan_memory import Plan, Role, phase_bytes, policy_roles, resident_bytes, scorer_role, value_role
 from rlhf.plan_shapes import PROJECTIONS, Shape, find_shape
 from rlhf.plan_time import Device, Work, iteration_seconds
@@ -60,7 +61,7 @@ def plan_of(ppo: PPOSettings, model: ModelSettings, settings: PlanSettings, shap
         shape=shape, lora=model.use_peft, rank=rank, modules=modules, four_bit=model.load_in_4bit, frozen_width=frozen,
         trained_width=2 if model.dtype == "bfloat16" else 4, autocast=ppo.bf16,
         checkpointing=ppo.gradient_checkpointing,
-        token_budget=ppo.token_budget or (CPU_TOKENS if on_cpu else GPU_TOKENS),
+        token_budget=token_budget(ppo.token_budget, torch.device("cpu" if on_cpu else "cuda"), ppo.bf16),
         shards=1 if settings.sharding == "none" else gpus,
         responses=ppo.batch_size // gpus, per_prompt=ppo.responses_per_prompt,
         prompt_tokens=ppo.max_prompt_tokens, response_tokens=ppo.max_new_tokens, sampler_rows=SAMPLER_ROWS,

@@ -81,7 +81,7 @@ class Run:
     def __init__(self, ppo: PPOSettings, model_settings: ModelSettings, run: RunSettings, folder: RunFolder):
         self.settings, self.folder = run, folder
         self.accelerator = Accelerator(cpu=run.use_cpu or not torch.cuda.is_available())
-        self.ppo = ppo = replace(ppo, token_budget=token_budget(ppo.token_budget, self.accelerator.device))
+        self.ppo = ppo = replace(ppo, token_budget=token_budget(ppo.token_budget, self.accelerator.device, ppo.bf16))
         if ppo.batch_size % (self.accelerator.num_processes * ppo.responses_per_prompt):
             raise UserError(
                 f"batch_size {ppo.batch_size} is not a multiple of {self.accelerator.num_processes} processes times "

@@ -172,7 +172,7 @@ class _Run:
     ) -> None:
         self.queue, self.settings, self.k = queue, settings, k
         self.seeds, self.temperature_K = seeds, temperature_K
-        self.token_budget, self.max_rows = token_budget, max_rows
+        self.token_budget, self.max_rows = token_budget, min(max_rows, len(queue))
         prompts = PromptStore(model, self._prompts(queue), queue.longest) if share else None
         columns = settings.max_new_tokens + (0 if share else queue.longest)
         cache = RowCache(model.config, self._affordable(queue.longest, share), columns)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from reward.collate import batches_by_budget, pad_right
+from reward.last_layer import hidden_at
 from reward.model import tree_layout
 from reward.tree import collate_trees, shared_tokens, split_into_trees, tree_length
 from rlhf.losses import token_logprobs
@@ -70,17 +71,13 @@ class Sequences:
         return self._hidden_of_trees(model, rows) if self.trees else self._hidden_of_rows(model, rows)
 
     def _hidden_of_rows(self, model: Any, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """No attention mask: under a causal model nothing looks right, so padding on the right changes no real token,
-        and SDPA takes its fast causal path.
-        """
         ids_MT, _ = pad_right([self.ids[row] for row in rows], pad_id=0)
         lengths_M = torch.tensor([len(self.ids[row]) for row in rows])
         starts_M = torch.tensor([self.starts[row] for row in rows])
         place_T = torch.arange(ids_MT.shape[1] - 1)  # the last token predicts none
         predicts_MT = (place_T >= starts_M[:, None] - 1) & (place_T < lengths_M[:, None] - 1)
         ids_MT, predicts_MT = ids_MT.to(self.device), predicts_MT.to(self.device)
-        hidden_MTD = decoder_of(model)(input_ids=ids_MT[:, :-1], use_cache=False).last_hidden_state
-        return hidden_MTD[predicts_MT], ids_MT[:, 1:][predicts_MT]
+        return hidden_at(decoder_of(model), ids_MT[:, :-1], predicts_MT), ids_MT[:, 1:][predicts_MT]
 
     def _hidden_of_trees(self, model: Any, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
         """As rows, with the prompt once: a token of a response at position p of its dialogue stands at p in its tree

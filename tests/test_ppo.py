@@ -744,6 +744,7 @@ def test_user_mistakes(paths, tmp_path):
 def test_the_token_budget_is_the_devices_unless_chosen():
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
     assert (token_budget(0, cpu), token_budget(0, gpu), token_budget(200, cpu)) == (768, 8192, 200)
+    assert (token_budget(0, cpu, True), token_budget(0, gpu, True), token_budget(200, cpu, True)) == (2048, 8192, 200)
     with pytest.raises(UserError, match="token_budget"):
         PPOSettings(token_budget=-1)
 

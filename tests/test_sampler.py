@@ -18,6 +18,7 @@ from configs.sampling_settings import SamplingSettings
 from rlhf import decoding, shared_prompts, step_graphs
 from rlhf import rows as rows_module
 from rlhf.draw import draw, sample_seeds, splitmix64, truncate, uniforms
+from rlhf.kv_cache import RowCache
 from rlhf.sampler import sample
 from tests.tiny_models import PAD, STOP, VOCAB, ragged_model, ragged_prompts, tiny_config, tiny_tokenizer
 
@@ -298,6 +299,16 @@ def test_the_two_parts_of_shared_attention_join_to_plain_attention():
             expected = (keys @ query[r, head, 0].double() * 0.4).softmax(0) @ values
             torch.testing.assert_close(output[r, 0, head].double(), expected, atol=1e-6, rtol=1e-5)
     assert shared.calls == 1
+
+
+@pytest.mark.parametrize("share", [True, False])
+def test_the_cache_has_no_more_rows_than_there_are_samples(model, monkeypatch, share):
+    """Rows are filled with zeros when they are made: those that nobody uses cost memory and time all the same."""
+    rows = []
+    plain = RowCache.__init__
+    monkeypatch.setattr(RowCache, "__init__", lambda self, *args: rows.append(args[1]) or plain(self, *args))
+    run(model, [[5, 6, 7], [8, 9]], k=3, max_new_tokens=4, share_prompts=share, token_budget=10_000)
+    assert rows == [5] * share + [6, 2]  # 1 + 2 * 2 prompts that are kept, responses, prompts fed at once
 
 
 @pytest.mark.parametrize(("rows", "steps"), [(8, 16), (4, 2), (32, 1)])
