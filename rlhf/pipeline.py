@@ -3,11 +3,12 @@
     accelerate launch rlhf/pipeline.py --config configs/demo.yaml --output_dir runs/demo --seed 0
 
 A stage in the YAML is `{name, run, needs, threads, settings}`: `run` is a script of this folder without `.py`, `needs`
-are names of stages before it, `settings` its fields. `${output_dir}`, `${seed}`, `${root}` (the repository) and the names
-of the YAML's own `variables` are filled in; `--values name=value` gives a variable another value, and a YAML with
-`stages_from` has the stages of another with variables of its own. Every stage writes `<output_dir>/<name>/` with its settings as `stage.yaml`, so each can be run again by
-itself with `accelerate launch rlhf/<run>.py --config <output_dir>/<name>/stage.yaml`. The settings of all stages are
-checked before the first one runs: fields, values, and that the files and models they name are there or will be made.
+are names of stages before it, `settings` its fields. `${output_dir}`, `${seed}`, `${root}` (the repository) and the
+names of the YAML's own `variables` are filled in; `--values name=value` gives a variable another value, and a YAML with
+`stages_from` has the stages of another one, with values of its own for that one's variables. Every stage writes
+`<output_dir>/<name>/` with its settings as `stage.yaml`, so each can be run again by itself with
+`accelerate launch rlhf/<run>.py --config <output_dir>/<name>/stage.yaml`. The settings of all stages are checked before
+the first one runs: fields, values, and that the files and models they name are there or will be made.
 
 All mains run in one program, because importing the libraries costs many seconds. With `parallel_stages: n` (CPU only)
 up to n stages whose needs are met run at once, in the order of the file, each in a forked process with
@@ -117,7 +118,7 @@ def fill(value: Any, names: dict[str, Any]) -> Any:
 
 
 def read_variables(settings: PipelineSettings, inherited: dict[str, Any]) -> dict[str, Any]:
-    """The values of all variables: of the YAML named by `stages_from`, of this one, of `values`, the last of these wins.
+    """The values of all variables: those of the YAML named by `stages_from`, of this one, of `values`; the last wins.
 
     Raises UserError for a variable that the stages do not have, and for one that has the name of a built-in.
     """
@@ -129,14 +130,18 @@ def read_variables(settings: PipelineSettings, inherited: dict[str, Any]) -> dic
         name, equals, value = text.partition("=")
         if not equals:
             raise UserError(f"values: {text!r} is not name=value")
-        given[name] = yaml.safe_load(value)
+        try:
+            given[name] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise UserError(f"values: {text!r} is not valid YAML after `=`; put it in quotes: {error}") from error
     for where, some in (("variables", own), ("values", given)):
         for name in some:
             if name not in known:
                 raise UserError(f"{where}: no stage has a variable '{name}'; there are: {', '.join(sorted(known))}")
     if taken := names.keys() & known.keys():
         raise UserError(f"variables: {', '.join(sorted(taken))} is filled in by itself; take another name")
-    return names | fill({**inherited, **own, **given}, names)
+    values = {**inherited, **own, **given}
+    return names | fill(values, names | values)  # a variable may name another
 
 
 def read_stages(settings: PipelineSettings) -> list[Stage]:
@@ -145,7 +150,8 @@ def read_stages(settings: PipelineSettings) -> list[Stage]:
     Raises UserError for no stages, a missing or doubled name, an unknown script, a key that no stage has, or a need
     that is not a stage before it.
     """
-    rows, inherited = settings.stages, {}
+    rows = settings.stages
+    inherited: dict[str, Any] = {}
     if settings.stages_from:
         if rows:
             raise UserError("stages, stages_from: give one of them")

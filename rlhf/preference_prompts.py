@@ -12,7 +12,8 @@ that share their beginning come several times, and nothing keeps what is trained
 3. a test prompt whose first user turn is also in a training file, of either kind, is left out;
 4. both kinds come in turn, drawn by the seed, so that the first n prompts of a file are of both alike.
 
-Writes prompts.jsonl, validation_prompts.jsonl (they choose a checkpoint) and evaluation_prompts.jsonl (they choose nothing).
+Writes prompts.jsonl, validation_prompts.jsonl (which choose a checkpoint) and evaluation_prompts.jsonl (which choose
+nothing).
 """
 
 import sys

@@ -147,6 +147,7 @@ def test_stages_of_another_yaml_take_the_variables_of_both(tmp_path):
     [
         ({"values": ["modle=x"]}, "values: no stage has a variable 'modle'; there are: cpu, files, model, rate, rows"),
         ({"values": ["model"]}, "values: 'model' is not name=value"),
+        ({"values": ["model=[x"]}, "values: 'model=.x' is not valid YAML"),
         ({"variables": VARIABLES | {"seed": 3}}, "variables: seed is filled in by itself"),
     ],
 )

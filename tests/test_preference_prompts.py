@@ -56,7 +56,7 @@ def test_the_files_hold_each_first_turn_once_and_no_tested_one_is_trained_on(fla
     assert {turn for turn, tag in prompts if tag} == {"Steal?", "Fight?"}
     assert {turn for turn, tag in prompts if not tag} < {"Cook?", "Sing?", "Read?"}
     assert [tag for _, tag in validation + evaluation] == [False, True] * 3
-    # `sing` and `Cook` are trained on in other spelling or as the other kind, `Long long` begins a dialogue that is too long.
+    # `sing` and `Cook` are trained on, in other spelling or as the other kind; `Long long ...` is too long.
     assert sorted(validation + evaluation) == [
         ("Cheat?", True), ("Lie?", True), ("Ski?", False), ("Spy?", True), ("Swim?", False), ("Walk?", False),
     ]  # fmt: skip
@@ -71,7 +71,11 @@ def test_a_long_training_dialogue_keeps_its_first_turn_out_of_the_test(flags, tm
 
 
 def test_the_seed_draws_and_without_safety_files_nothing_is_tagged(flags, tmp_path):
-    plain = [*flags[: flags.index("--safety_files")], "--helpfulness_test_files", str(tmp_path / "helpfulness_test.jsonl")]
+    plain = [
+        *flags[: flags.index("--safety_files")],
+        "--helpfulness_test_files",
+        str(tmp_path / "helpfulness_test.jsonl"),
+    ]
     sizes = ["--num_validation", "1", "--num_evaluation", "2"]
     drawn = set()
     for seed in range(6):
