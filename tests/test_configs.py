@@ -18,13 +18,14 @@ from tiny_models import save_tiny_policy, save_tiny_reward_model, tiny_tokenizer
 
 from configs.chat import load_chat_format
 from configs.model_settings import ModelSettings
+from configs.pipeline_settings import PipelineSettings
 from configs.rounds_settings import RoundsSettings
 from reward.model import add_lora, create_reward_model, load_reward_model
 from rlhf import cli, scaling_study
 from rlhf.judge import load_judges
 from rlhf.load_roles import load_roles
 from rlhf.models import load_policy, resolve_dtype
-from rlhf.pipeline import PipelineSettings, Stage, read_stages
+from rlhf.pipeline import Stage, read_stages
 from rlhf.round_stages import round_stages
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"

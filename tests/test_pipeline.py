@@ -8,8 +8,9 @@ import yaml
 from rich.console import Console
 
 from configs.errors import UserError
+from configs.pipeline_settings import PipelineSettings
 from rlhf.claims import alone, claim, is_claimed
-from rlhf.pipeline import PipelineSettings, check_stages, main, read_stages, run_stages
+from rlhf.pipeline import check_stages, main, read_stages, run_stages
 
 SMALL = {
     "demonstrations": 2, "preference_prompts": 2, "rl_prompts": 2, "validation_prompts": 1, "evaluation_prompts": 2,
