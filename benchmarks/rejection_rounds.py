@@ -28,11 +28,12 @@ from rlhf import cli  # noqa: E402,I001  (first: it switches off telemetry befor
 import yaml  # noqa: E402
 from rich.console import Console  # noqa: E402
 
+from configs.pipeline_settings import PipelineSettings  # noqa: E402
 from configs.errors import UserError  # noqa: E402
 from configs.records import write_jsonl  # noqa: E402
 from rlhf import rounds  # noqa: E402
 from rlhf.estimates import mean_with_interval, paired_bootstrap  # noqa: E402
-from rlhf.pipeline import ROOT, PipelineSettings, read_stages, run_stages  # noqa: E402
+from rlhf.pipeline import ROOT, read_stages, run_stages  # noqa: E402
 from rlhf.rounds_report import family_score, prompt_means, read_round  # noqa: E402
 
 Row = dict[str, Any]

@@ -29,12 +29,13 @@ from rlhf import cli  # noqa: E402,I001  (first: it switches off telemetry befor
 import yaml  # noqa: E402
 from tqdm.auto import tqdm  # noqa: E402
 
+from configs.pipeline_settings import PipelineSettings  # noqa: E402
 from configs.errors import UserError  # noqa: E402
 from reward import metrics  # noqa: E402
 from reward.detection import detection, labelled_responses, roc_auc  # noqa: E402
 from rlhf import train_reward  # noqa: E402
 from rlhf.estimates import paired_bootstrap, share_over_seeds  # noqa: E402
-from rlhf.pipeline import ROOT, PipelineSettings, read_stages  # noqa: E402
+from rlhf.pipeline import ROOT, read_stages  # noqa: E402
 
 DEMO = ROOT / "configs" / "demo.yaml"
 STAGE = "reward_safety"

@@ -44,7 +44,7 @@ def parse(*dataclass_types: type, args: list[str] | None = None) -> tuple[Any, .
     words = list(sys.argv[1:] if args is None else args)
     fields = _fields(dataclass_types)
     config_path, words = _take_config(words)
-    config = _load_yaml(config_path) if config_path else {}
+    config = load_yaml(config_path) if config_path else {}
     for key, value in config.items():
         if key not in fields:
             raise UserError(f"{config_path}: unknown field '{key}'{_nearest(key, fields)}")
@@ -120,11 +120,12 @@ def _take_config(words: list[str]) -> tuple[str | None, list[str]]:
     return None, words
 
 
-def _load_yaml(path: str) -> dict[str, Any]:
+def load_yaml(path: str, field: str = "--config") -> dict[str, Any]:
+    """The fields of a YAML file. UserError, naming `field`, where it cannot be read or is no mapping."""
     try:
         config = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError(f"--config {path}: {error.strerror or error}") from error
+        raise UserError(f"{field} {path}: {error.strerror or error}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not valid YAML: {error}") from error
     if config is None:

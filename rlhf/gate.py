@@ -5,7 +5,8 @@
 Reads what `rlhf/evaluate_policy.py` wrote for both policies on the same held-out prompts, and scores every response
 sampled at temperature 1 with two reward models that neither policy was trained against (rlhf/judge.py). Over all
 prompts, helpfulness prompts and safety prompts: the mean improvement, the win rate, and the win rate that answers of
-equal length would have, each with a 95 % interval.
+equal length would have, each with a 95 % interval. Beside them, for information, what either of the two models says of
+all responses by itself (`by_judge`).
 
 `require: improvement` passes where, over all prompts, the intervals of the improvement and of the length-controlled win
 rate lie above 0 and `min_win_rate`, and no kind of prompt got worse. `no_regression` passes where nothing got worse.
@@ -25,6 +26,7 @@ if __package__ in (None, ""):
 import json
 from collections import Counter
 from dataclasses import asdict
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -38,7 +40,8 @@ from configs.model_settings import ModelSettings
 from configs.row_files import BadRow, read_rows
 from reward.scorer import score_ids
 from rlhf.cli import entry, parse
-from rlhf.judge import compare, judge, load_judges
+from rlhf.estimates import paired_bootstrap
+from rlhf.judge import HELPFULNESS, SAFETY, compare, judge, load_judges
 from rlhf.models import data_fingerprints, load_tokenizer, resolve_dtype
 from rlhf.run import RunFolder, numbers, write_atomic
 
@@ -88,7 +91,7 @@ def paired(settings: GateSettings) -> tuple[list[Row], list[Row]]:
 
 
 def judged(rows: list[Row], models: dict[str, Any], chat: ChatFormat, settings: GateSettings, field: str) -> None:
-    """Adds each row's combined scores, one a response, as "judged"."""
+    """Adds each row's scores, one a response: the combined ones as "judged", each model's as "judge_<its name>"."""
     responses = [ids for row in rows for ids in row["response_ids"]]
     texts = [text for row in rows for text in row["responses"]]
     if any(chat.decode_response(ids) != text for ids, text in zip(responses, texts, strict=True)):
@@ -99,9 +102,12 @@ def judged(rows: list[Row], models: dict[str, Any], chat: ChatFormat, settings: 
     def score(name: str, id_lists: Any) -> torch.Tensor:
         return score_ids(models[name], id_lists, settings.score_token_budget)
 
-    scores = iter(judge(score, prompts, responses, is_safety, settings.safety_threshold).combined_B.tolist())
-    for row in rows:
-        row["judged"] = [next(scores) for _ in row["responses"]]
+    judgement = judge(score, prompts, responses, is_safety, settings.safety_threshold)
+    columns = {"judged": judgement.combined_B, HELPFULNESS: judgement.helpfulness_B, SAFETY: judgement.safety_B}
+    for name, scores_B in columns.items():
+        scores = iter(scores_B.tolist())
+        for row in rows:
+            row[name] = [next(scores) for _ in row["responses"]]
 
 
 def figures(before: list[Row], after: list[Row], seed: int) -> dict[str, dict[str, Any]]:
@@ -113,6 +119,17 @@ def figures(before: list[Row], after: list[Row], seed: int) -> dict[str, dict[st
             scores = [[rows[i]["judged"] for i in places] for rows in (before, after)]
             tokens = [[list(map(len, rows[i]["response_ids"])) for i in places] for rows in (before, after)]
             found[kind] = compare(scores[0], scores[1], tokens[0], tokens[1], seed)
+    return found
+
+
+def by_judge(before: list[Row], after: list[Row], seed: int) -> dict[str, dict[str, Any]]:
+    """Mean raw score before and after, and the improvement with its interval, of each judge alone over all prompts."""
+    found = {}
+    for name in (HELPFULNESS, SAFETY):
+        before_P, after_P = ([fmean(row[name]) for row in rows] for rows in (before, after))
+        improvement, interval = paired_bootstrap(before_P, after_P, seed=seed)
+        found[name] = {"before": fmean(before_P), "after": fmean(after_P), "improvement": improvement,
+                       "ci95": {"improvement": list(interval)}}  # fmt: skip
     return found
 
 
@@ -131,8 +148,8 @@ def faults(compared: dict[str, dict[str, Any]], require: str, min_win_rate: floa
     return found
 
 
-def table(compared: dict[str, dict[str, Any]]) -> Table:
-    """The comparison as it is in the summary, one row a kind of prompt."""
+def table(compared: dict[str, dict[str, Any]], alone: dict[str, dict[str, Any]]) -> Table:
+    """The comparison as it is in the summary, one row a kind of prompt, then one a judge."""
     shown = Table(title="Later policy against earlier, by the held-out judge (95 % interval)", title_justify="left")
     for name in ("", "prompts", "before", "after", "improvement", "win rate", "at equal length", "extra tokens"):
         shown.add_column(name, justify="right" if name else "left")
@@ -143,6 +160,10 @@ def table(compared: dict[str, dict[str, Any]]) -> Table:
         ]
         means = [f"{result[name]:.3f}" for name in ("before", "after")]
         shown.add_row(KINDS[kind], str(result["prompts"]), *means, *cells, f"{result['extra_tokens']:+.1f}")
+    for name, result in alone.items():
+        low, high = result["ci95"]["improvement"]
+        means = [f"{result[side]:.3f}" for side in ("before", "after")]
+        shown.add_row(f"{name} alone", "", *means, f"{result['improvement']:.3f} ({low:.3f} to {high:.3f})")
     return shown
 
 
@@ -167,11 +188,12 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
     judged(after, models, chat, settings, "after_file")
     compared = figures(before, after, settings.seed)
     reasons = faults(compared, settings.require, settings.min_win_rate)
-    verdict = {"passed": not reasons, "reasons": reasons, "require": settings.require, **compared}
+    alone = by_judge(before, after, settings.seed)
+    verdict = {"passed": not reasons, "reasons": reasons, "require": settings.require, **compared, "by_judge": alone}
     write_atomic(Path(settings.output_dir) / "verdict.json", json.dumps(verdict, indent=2) + "\n")
     run.log(0, numbers(compared))
     console = Console()
-    console.print(table(compared))
+    console.print(table(compared, alone))
     console.print(
         "[green]passed[/green]" if not reasons else "[red]failed[/red]: " + "; ".join(reasons), highlight=False
     )

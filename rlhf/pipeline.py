@@ -3,10 +3,12 @@
     accelerate launch rlhf/pipeline.py --config configs/demo.yaml --output_dir runs/demo --seed 0
 
 A stage in the YAML is `{name, run, needs, threads, settings}`: `run` is a script of this folder without `.py`, `needs`
-are names of stages before it, `settings` its fields. `${output_dir}`, `${seed}` and `${root}` (the repository) are
-filled in. Every stage writes `<output_dir>/<name>/` with its settings as `stage.yaml`, so each can be run again by
-itself with `accelerate launch rlhf/<run>.py --config <output_dir>/<name>/stage.yaml`. The settings of all stages are
-checked before the first one runs: fields, values, and that the files and models they name are there or will be made.
+are names of stages before it, `settings` its fields. `${output_dir}`, `${seed}`, `${root}` (the repository) and the
+names of the YAML's own `variables` are filled in; `--values name=value` gives a variable another value, and a YAML with
+`stages_from` has the stages of another one, with values of its own for that one's variables. Every stage writes
+`<output_dir>/<name>/` with its settings as `stage.yaml`, so each can be run again by itself with
+`accelerate launch rlhf/<run>.py --config <output_dir>/<name>/stage.yaml`. The settings of all stages are checked before
+the first one runs: fields, values, and that the files and models they name are there or will be made.
 
 All mains run in one program, because importing the libraries costs many seconds. With `parallel_stages: n` (CPU only)
 up to n stages whose needs are met run at once, in the order of the file, each in a forked process with
@@ -23,12 +25,13 @@ import importlib
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import tempfile
 import time
 import traceback
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from string import Template
 from typing import Any
 
@@ -37,33 +40,14 @@ import yaml
 from rich.console import Console
 
 from configs.errors import UserError
+from configs.pipeline_settings import PipelineSettings
 from configs.row_files import JSON_SUFFIXES
 from rlhf.claims import alone
-from rlhf.cli import check, entry, parse
+from rlhf.cli import check, entry, load_yaml, parse
 
 ROOT = Path(__file__).resolve().parents[1]
+WHOLE_NAME = re.compile(r"\$\{(\w+)\}")
 INPUT_ENDINGS = ("_files", "_file", "_path", "_paths", "_dirs")  # of the names of fields that name what a stage reads
-
-
-@dataclass
-class PipelineSettings:
-    """Settings of a pipeline run."""
-
-    stages: list[dict[str, Any]] = field(
-        default_factory=list, metadata={"help": "stages: {name, run, needs, settings}"}
-    )
-    output_dir: str = field(default="runs/demo", metadata={"help": "folder that gets one folder a stage"})
-    seed: int = field(default=0, metadata={"help": "seed of every stage, as ${seed}"})
-    parallel_stages: int = field(
-        default=1, metadata={"help": "stages that may run at once (forked processes, CPU only)"}
-    )
-    report: str = field(
-        default="", metadata={"help": "module in rlhf/ whose main(output_dir) writes summary and report at the end"}
-    )
-
-    def __post_init__(self) -> None:
-        if self.parallel_stages < 1:
-            raise UserError(f"parallel_stages is {self.parallel_stages}; it must be at least 1")
 
 
 @dataclass(frozen=True)
@@ -89,9 +73,12 @@ class Stage:
         return self.begun and (self.folder / "summary.json").exists()
 
 
-def fill(value: Any, names: dict[str, str]) -> Any:
-    """`value` with ${name} replaced in every text in it, unknown names left; a text that becomes a number is one."""
+def fill(value: Any, names: dict[str, Any]) -> Any:
+    """`value` with ${name} replaced in every text in it, unknown names left; a text that becomes a number is one, and a
+    text that is nothing but ${name} becomes what the name stands for, number, list or null."""
     if isinstance(value, str):
+        if (whole := WHOLE_NAME.fullmatch(value)) and whole[1] in names:
+            return names[whole[1]]
         filled = Template(value).safe_substitute(names)
         return yaml.safe_load(filled) if filled != value and filled.lstrip("-").isdigit() else filled
     if isinstance(value, list):
@@ -101,17 +88,51 @@ def fill(value: Any, names: dict[str, str]) -> Any:
     return value
 
 
+def read_variables(settings: PipelineSettings, inherited: dict[str, Any]) -> dict[str, Any]:
+    """The values of all variables: those of the YAML named by `stages_from`, of this one, of `values`; the last wins.
+
+    Raises UserError for a variable that the stages do not have, and for one that has the name of a built-in.
+    """
+    names = {"output_dir": settings.output_dir, "seed": settings.seed, "root": str(ROOT)}
+    own = settings.variables
+    known = inherited if settings.stages_from else own
+    given = {}
+    for text in settings.values:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise UserError(f"values: {text!r} is not name=value")
+        try:
+            given[name] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise UserError(f"values: {text!r} is not valid YAML after `=`; put it in quotes: {error}") from error
+    for where, some in (("variables", own), ("values", given)):
+        for name in some:
+            if name not in known:
+                raise UserError(f"{where}: no stage has a variable '{name}'; there are: {', '.join(sorted(known))}")
+    if taken := names.keys() & known.keys():
+        raise UserError(f"variables: {', '.join(sorted(taken))} is filled in by itself; take another name")
+    values = {**inherited, **own, **given}
+    return names | fill(values, names | values)  # a variable may name another
+
+
 def read_stages(settings: PipelineSettings) -> list[Stage]:
     """Checks the list of stages and fills it in.
 
     Raises UserError for no stages, a missing or doubled name, an unknown script, a key that no stage has, or a need
     that is not a stage before it.
     """
-    if not settings.stages:
+    rows = settings.stages
+    inherited: dict[str, Any] = {}
+    if settings.stages_from:
+        if rows:
+            raise UserError("stages, stages_from: give one of them")
+        other = load_yaml(str(fill(settings.stages_from, {"root": str(ROOT)})), "stages_from")
+        rows, inherited = other.get("stages") or [], other.get("variables") or {}
+    if not rows:
         raise UserError("the pipeline has no stages; give --config with a list `stages:` (see configs/demo.yaml)")
-    names = {"output_dir": settings.output_dir, "seed": str(settings.seed), "root": str(ROOT)}
+    names = read_variables(settings, inherited)
     stages: list[Stage] = []
-    for i, row in enumerate(settings.stages):
+    for i, row in enumerate(rows):
         where = f"stage {i + 1} of the pipeline"
         if not isinstance(row, dict) or not {"name", "run"} <= row.keys():
             raise UserError(f"{where} needs the keys `name` and `run`, got: {row}")

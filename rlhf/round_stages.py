@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from configs.errors import UserError
+from configs.pipeline_settings import PipelineSettings
 from configs.rounds_settings import ONLY_RESCORED, RoundsSettings
-from rlhf.pipeline import PipelineSettings, Stage, fill, read_stages
+from rlhf.pipeline import Stage, fill, read_stages
 
 Row = dict[str, Any]
 # What the rounds decide: a block that sets it as well would be overruled in silence, so it is refused.

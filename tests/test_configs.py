@@ -18,17 +18,19 @@ from tiny_models import save_tiny_policy, save_tiny_reward_model, tiny_tokenizer
 
 from configs.chat import load_chat_format
 from configs.model_settings import ModelSettings
+from configs.pipeline_settings import PipelineSettings
 from configs.rounds_settings import RoundsSettings
 from reward.model import add_lora, create_reward_model, load_reward_model
 from rlhf import cli, scaling_study
 from rlhf.judge import load_judges
 from rlhf.load_roles import load_roles
 from rlhf.models import load_policy, resolve_dtype
-from rlhf.pipeline import PipelineSettings, Stage, read_stages
+from rlhf.pipeline import Stage, read_stages
 from rlhf.round_stages import round_stages
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
-RUNS = sorted(path for path in CONFIGS.glob("*.yaml") if path.name != "demo.yaml")
+PIPELINES = ("demo", "smollm2-135m", "smollm2-135m_cpu")
+RUNS = sorted(path for path in CONFIGS.glob("*.yaml") if path.stem not in PIPELINES)
 LLAMA2 = [path for path in RUNS if path.name.startswith("llama2_")]
 LLAMA2_7B = [path for path in LLAMA2 if path.name.startswith("llama2_7b_")]
 POLICIES = ("model_name_or_path", "second_model_name_or_path", "baseline_model_name_or_path", "sft_model_path")
@@ -268,14 +270,19 @@ def test_the_stages_of_the_llama2_rounds_have_the_numbers_of_the_paper(tmp_path)
     assert [stage.settings["pool"] for stage in stages if stage.run == "pool_samples"] == ["all"] * 4
 
 
-@pytest.fixture(scope="module")
-def demo() -> list[Stage]:
-    settings = yaml.safe_load((CONFIGS / "demo.yaml").read_text())
+def pipeline(name: str) -> list[Stage]:
+    settings = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
     return read_stages(PipelineSettings(**{**settings, "output_dir": "somewhere", "seed": 3}))
 
 
-def test_the_stages_of_the_demo_parse(demo, tmp_path):
-    for stage in demo:
+@pytest.fixture(scope="module")
+def demo() -> list[Stage]:
+    return pipeline("demo")
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_the_stages_of_a_pipeline_parse(name, tmp_path):
+    for stage in pipeline(name):
         config = tmp_path / f"{stage.name}.yaml"
         config.write_text(yaml.safe_dump(stage.settings))
         assert parse(stage.run, config)["output_dir"] == f"somewhere/{stage.name}"
@@ -305,9 +312,10 @@ def test_the_rounds_of_the_demo_train_as_the_demo_does(demo, tmp_path):
         parse(stage.run, config)
 
 
-def test_a_stage_of_the_demo_reads_only_what_it_waits_for(demo):
+@pytest.mark.parametrize("name", PIPELINES)
+def test_a_stage_of_a_pipeline_reads_only_what_it_waits_for(name):
     made_from: dict[str, set[str]] = {}
-    for stage in demo:  # read_stages has refused a need that does not stand before its stage
+    for stage in pipeline(name):  # read_stages has refused a need that does not stand before its stage
         made_from[stage.name] = set(stage.needs).union(*(made_from[need] for need in stage.needs))
         inputs = {name: value for name, value in stage.settings.items() if name != "output_dir"}
         read = set(re.findall(r"somewhere/(\w+)/", yaml.safe_dump(inputs, width=10_000)))

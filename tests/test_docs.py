@@ -22,6 +22,7 @@ import yaml
 from tiny_models import save_tiny_policy
 from transformers import LlamaForCausalLM
 
+from configs.records import write_jsonl
 from rlhf import cli
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -311,6 +312,45 @@ def test_every_stage_of_the_demo_runs_under_accelerate_launch(tmp_path):
     summary = json.loads((run / "summary.json").read_text())
     assert [stage["name"] for stage in summary["stages"]] == ["base", "sft", "rejection_sampling", "ppo", "gatt"]
     assert "<html" in (run / "report.html").read_text()
+
+
+SMALLEST = {
+    "num_prompts": 8, "num_validation": 2, "num_evaluation": 4, "max_prompt_tokens": 200, "max_new_tokens": 24,
+    "reward_rows": 8, "reward_test_fraction": 0.3, "reward_max_length": 400, "best_of_prompts": 4, "best_of": 2,
+    "ppo_iterations": 2, "ppo_batch": 4, "ppo_mini_batch": 2, "ppo_eval_steps": 1, "gatt_dialogues": 16,
+    "gatt_max_turns": 2, "gatt_test_dialogues": 2, "gatt_test_turns": 2, "bf16": "false",
+}  # fmt: skip
+
+
+def hh_rows(kind: str, count: int) -> list[dict[str, str]]:
+    """HH-RLHF transcripts of made-up requests."""
+    asked = [f"\n\nHuman: {kind} request {i}\n\nAssistant:" for i in range(count)]
+    return [{"chosen": f"{text} Certainly, {i}.", "rejected": f"{text} No."} for i, text in enumerate(asked)]
+
+
+@pytest.mark.slow
+def test_every_stage_of_the_small_real_model_runs_in_one_command(tmp_path):
+    base = save_tiny_policy(tmp_path / "base", max_position_embeddings=8192)
+    model = LlamaForCausalLM.from_pretrained(base)
+    with torch.no_grad():
+        model.lm_head.weight[2] *= 4  # its end token is likely enough that most replies end
+    model.save_pretrained(base)
+    taught = tmp_path / "values.json"
+    taught.write_text(json.dumps({"hobby": ["�"]}))  # as for the demo
+    values = {"model": base, "gatt_kinds": "[hobby]", "gatt_values_file": taught, **SMALLEST}
+    for name, count in (("helpfulness", 40), ("safety", 40), ("helpfulness_test", 8), ("safety_test", 8)):
+        write_jsonl(tmp_path / f"{name}.jsonl", hh_rows(name, count))
+        values[f"{name}_data"] = str(tmp_path / f"{name}.jsonl")
+    run = tmp_path / "run"
+    words = [f"{name}={value}" for name, value in values.items()]
+    done = launch("rlhf/pipeline.py", "--config", "configs/smollm2-135m_cpu.yaml", "--output_dir", str(run),
+                  "--values", *words, folder=tmp_path, timeout=300)  # fmt: skip
+    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+    stages = yaml.safe_load((ROOT / "configs/smollm2-135m.yaml").read_text(encoding="utf-8"))["stages"]
+    assert all((run / stage["name"] / "summary.json").exists() for stage in stages)
+    adapters = ("reward_safety", "judge_safety", "rejection_sft", "ppo", "gatt_sft")
+    assert all((run / name / "model/adapter/adapter_model.safetensors").exists() for name in adapters)
+    assert {"helpfulness", "safety"} <= json.loads((run / "gate_all/summary.json").read_text()).keys()
 
 
 @pytest.mark.slow

@@ -326,6 +326,7 @@ def test_the_gate_scores_as_the_models_do(paths, tmp_path):
         for name in ("judge_helpfulness", "judge_safety")
     )
     chat, means = load_chat_format(tiny_tokenizer()), []
+    alone: list[tuple[float, float]] = []
     for rows in (before, after):
         scores = []
         for row in rows:
@@ -333,10 +334,18 @@ def test_the_gate_scores_as_the_models_do(paths, tmp_path):
             with torch.no_grad():
                 r_h, r_s = (m.score(m.model(ids).last_hidden_state[0, -1]).item() for m in (helpfulness, safety))
             scores.append(r_s if row["is_safety"] or 1 / (1 + math.exp(-r_s)) < 0.15 else r_h)
+            alone.append((r_h, r_s))
         means.append(sum(scores) / 6)
     assert [summary["all"]["before"], summary["all"]["after"]] == pytest.approx(means, abs=1e-4)
     assert summary["all"]["improvement"] == pytest.approx(means[1] - means[0], abs=1e-4)
     assert [summary[kind]["prompts"] for kind in ("all", "helpfulness", "safety")] == [6, 4, 2]
+    for column, name in enumerate(("judge_helpfulness", "judge_safety")):  # each by itself over all six prompts
+        earlier, later = (sum(row[column] for row in rows) / 6 for rows in (alone[:6], alone[6:]))
+        found = summary["by_judge"][name]
+        assert [found["before"], found["after"]] == pytest.approx([earlier, later], abs=1e-4)
+        low, high = found["ci95"]["improvement"]
+        assert found["improvement"] == pytest.approx(later - earlier, abs=1e-4)
+        assert low < found["improvement"] < high
     assert gate(paths, tmp_path, before, after, "--on_failure", "warn") == summary  # complete: not run again
 
 

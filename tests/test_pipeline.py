@@ -8,8 +8,9 @@ import yaml
 from rich.console import Console
 
 from configs.errors import UserError
+from configs.pipeline_settings import PipelineSettings
 from rlhf.claims import alone, claim, is_claimed
-from rlhf.pipeline import PipelineSettings, check_stages, main, read_stages, run_stages
+from rlhf.pipeline import check_stages, main, read_stages, run_stages
 
 SMALL = {
     "demonstrations": 2, "preference_prompts": 2, "rl_prompts": 2, "validation_prompts": 1, "evaluation_prompts": 2,
@@ -107,6 +108,53 @@ def test_settings_are_filled_in(tmp_path):
     ]
     made = read_stages(PipelineSettings(stages=stages, output_dir=str(tmp_path), seed=7))
     assert made[1].settings == {"train_files": [f"{tmp_path}/a/x-7.jsonl"], "output_dir": f"{tmp_path}/b", "seed": 7}
+
+
+VARIABLES = {"model": "hub/name", "rows": None, "files": ["a", "b"], "rate": 0.5, "cpu": False}
+
+
+def with_variables(**given) -> PipelineSettings:
+    settings = {name: f"${{{name}}}" for name in VARIABLES} | {"path": "${model}/${seed}", "size": "1${seed}"}
+    stages = [{"name": "b", "run": "sft", "settings": settings}]
+    return PipelineSettings(**{"stages": stages, "variables": VARIABLES, "output_dir": "o", "seed": 7, **given})
+
+
+def test_a_variable_keeps_its_type_and_values_replace_it():
+    (stage,) = read_stages(with_variables())
+    assert stage.settings == {**VARIABLES, "path": "hub/name/7", "size": 17, "output_dir": "o/b", "seed": 7}
+    changed = ["model=/my/model", "rows=3", "rate=1e-4", "cpu=true", "files=[c]"]
+    (stage,) = read_stages(with_variables(values=changed))
+    own = {"model": "/my/model", "rows": 3, "rate": "1e-4", "cpu": True, "files": ["c"]}  # a float field takes 1e-4
+    assert stage.settings == {**own, "path": "/my/model/7", "size": 17, "output_dir": "o/b", "seed": 7}
+
+
+def test_stages_of_another_yaml_take_the_variables_of_both(tmp_path):
+    other = tmp_path / "other.yaml"
+    other.write_text(yaml.safe_dump({"stages": with_variables().stages, "variables": VARIABLES, "output_dir": "x"}))
+    mine: dict = {"stages": [], "stages_from": str(other), "variables": {"rate": 2, "rows": 8}, "values": ["rows=9"]}
+    (stage,) = read_stages(with_variables(**mine))
+    assert {name: stage.settings[name] for name in VARIABLES} == {**VARIABLES, "rate": 2, "rows": 9}
+    assert stage.folder == Path("o/b")
+    with pytest.raises(UserError, match="stages, stages_from: give one of them"):
+        read_stages(with_variables(**mine | {"stages": with_variables().stages}))
+    with pytest.raises(UserError, match="variables: no stage has a variable 'rat'"):
+        read_stages(with_variables(**mine | {"variables": {"rat": 2}}))
+    with pytest.raises(UserError, match=r"stages_from .*none\.yaml: No such file"):
+        read_stages(with_variables(**mine | {"stages_from": str(tmp_path / "none.yaml")}))
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"values": ["modle=x"]}, "values: no stage has a variable 'modle'; there are: cpu, files, model, rate, rows"),
+        ({"values": ["model"]}, "values: 'model' is not name=value"),
+        ({"values": ["model=[x"]}, "values: 'model=.x' is not valid YAML"),
+        ({"variables": VARIABLES | {"seed": 3}}, "variables: seed is filled in by itself"),
+    ],
+)
+def test_a_wrong_variable_is_named(given, message):
+    with pytest.raises(UserError, match=message):
+        read_stages(with_variables(**given))
 
 
 def test_a_stage_may_have_threads_and_a_seed_of_its_own(tmp_path):
