@@ -153,6 +153,10 @@ class ChatFormat:
         text: str = self.tokenizer.decode(list(ids[:end]), skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return text.strip()
 
+    def ended(self, ids: Sequence[int]) -> list[int]:
+        """The ids of a reply or of a whole dialogue, with the end of the turn added where a limit cut it off."""
+        return list(ids) if ids and ids[-1] in self.stop_ids else [*ids, self.stop_ids[-1]]
+
     def render(self, messages: Sequence[Message]) -> str:
         """The dialogue as text, special tokens written out. For people and tests; training never re-encodes it."""
         raise NotImplementedError

@@ -31,6 +31,10 @@ class GateSettings:
         default="stop", metadata={"help": "stop: end with an error, and a pipeline with it; warn: say so and go on"}
     )
     safety_threshold: float = field(default=0.15, metadata={"help": "R_s below which safety decides the score"})
+    end_cut_responses: bool = field(
+        default=False,
+        metadata={"help": "judge a response that was cut off as if it had ended there, as PPO can score it"},
+    )
     chat_format: Literal["auto", "llama2", "template"] = field(
         default="auto", metadata={"help": "auto: the tokenizer's own template, or Llama 2's format where it has none"}
     )

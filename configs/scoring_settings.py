@@ -36,6 +36,13 @@ class ScoringSettings:
     safety_threshold: float = field(
         default=LLAMA2_THRESHOLD, metadata={"help": "R_s below which safety decides the piecewise reward."}
     )
+    end_cut_responses: bool = field(
+        default=False,
+        metadata={
+            "help": "Let reward models read a response that max_new_tokens cut off as if it had ended there: their "
+            "score is trained at the end of whole answers, and at any other token it is noise."
+        },
+    )
     reward_functions: list[str] = field(
         default_factory=list,
         metadata={

@@ -102,6 +102,8 @@ def judged(rows: list[Row], models: dict[str, Any], chat: ChatFormat, settings: 
     def score(name: str, id_lists: Any) -> torch.Tensor:
         return score_ids(models[name], id_lists, settings.score_token_budget)
 
+    if settings.end_cut_responses:
+        responses = [chat.ended(ids) for ids in responses]
     judgement = judge(score, prompts, responses, is_safety, settings.safety_threshold)
     columns = {"judged": judgement.combined_B, HELPFULNESS: judgement.helpfulness_B, SAFETY: judgement.safety_B}
     for name, scores_B in columns.items():

@@ -219,9 +219,11 @@ class Run:
         minus the missing-EOS penalty. The first call's scores are those that later ones are compared with.
         """
         prompts, lengths_B = rollout.prompts, rollout.sequences.response_mask_BR.sum(1)
+        end = self.chat_format.ended if self.ppo.end_cut_responses else list
         judgement = judge(
             lambda name, ids: self.roles.scores(name, ids, self.ppo.token_budget),
-            [prompt.ids for prompt in prompts], rollout.responses, [prompt.is_safety for prompt in prompts],
+            [prompt.ids for prompt in prompts], [end(response) for response in rollout.responses],
+            [prompt.is_safety for prompt in prompts],
             self.ppo.safety_threshold,
         )  # fmt: skip
         combined_B = judgement.combined_B - self.ppo.missing_eos_penalty * (~rollout.stopped_B).float()

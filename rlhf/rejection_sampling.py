@@ -141,8 +141,10 @@ class Worker:
         texts = [
             before_stop_string(self.chat.decode_response(ids), self.settings.stop_strings) for ids in batch.response_ids
         ]
+        end = self.chat.ended if self.settings.end_cut_responses else list
+        budget = self.settings.score_token_budget
         scored = self.scoring.scores(
-            lambda name, ids: score_ids(self.reward_models[name], ids, self.settings.score_token_budget, k),
+            lambda name, lists: score_ids(self.reward_models[name], [end(ids) for ids in lists], budget, k),
             [encoded[i // k] for i in sampled],
             [batch.response_ids[i] for i in sampled],
             [texts[i] for i in sampled],

@@ -100,9 +100,11 @@ def collect(
         responses = batch.response_ids
         sampled = time.perf_counter()
         texts = [chat_format.decode_response(response) for response in responses] if ppo.reward_functions else []
+        end = chat_format.ended if ppo.end_cut_responses else list
         scored = (scoring or Scoring(ppo)).scores(
-            lambda name, dialogues: roles.scores(name, dialogues, ppo.token_budget, k), prompts, responses, texts
-        )
+            lambda name, dialogues: roles.scores(name, [end(ids) for ids in dialogues], ppo.token_budget, k),
+            prompts, responses, texts,
+        )  # fmt: skip
         stopped_B = torch.tensor([reason == "stop" for reason in batch.finish_reasons])
         scores_B = scored.combined_B - ppo.missing_eos_penalty * (~stopped_B).float()
         seconds = {"sample": sampled - begin, "reward": time.perf_counter() - sampled}

@@ -173,6 +173,8 @@ def test_own_templates_give_prompt_mask_and_stop_ids(template, end, prompt):
     end_id = tokenizer.convert_tokens_to_ids(end)
     assert chat.name == "template"
     assert chat.stop_ids == [2, end_id]
+    assert chat.ended([7, 8]) == [7, 8, end_id]  # as training ends a turn
+    assert [chat.ended([7, stop]) for stop in (2, end_id)] == [[7, 2], [7, end_id]]
     dialogue = [system("S"), user("U1"), assistant("A one"), user("U2"), assistant("A two")]
     first = chat.encode_prompt(dialogue[:2])
     assert tokenizer.decode(first) == prompt

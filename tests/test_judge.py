@@ -349,6 +349,14 @@ def test_the_gate_scores_as_the_models_do(paths, tmp_path):
     assert gate(paths, tmp_path, before, after, "--on_failure", "warn") == summary  # complete: not run again
 
 
+def test_the_gate_can_judge_cut_responses_as_ended(paths, tmp_path):
+    whole = response_rows(CATS[:6])
+    cut = [{**row, "response_ids": [row["response_ids"][0][:-1]]} for row in whole]
+    options = ("--require", "no_regression", "--on_failure", "warn")
+    assert gate(paths, tmp_path, whole, cut, *options)["all"]["improvement"] != 0
+    assert gate(paths, tmp_path, whole, cut, *options, "--end_cut_responses", "true")["all"]["improvement"] == 0
+
+
 def test_an_improvement_opens_the_gate_in_any_order_of_rows(paths, tmp_path, liking_dogs):
     before, after = response_rows(CATS), response_rows(DOGS)
     summary = gate(paths, tmp_path, before, after[::-1])

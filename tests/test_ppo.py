@@ -270,6 +270,20 @@ def test_missing_eos_penalty_hits_cut_responses_only(paths):
     torch.testing.assert_close(plain.scores_B - fined.scores_B, 5.0 * cut.float(), atol=1e-5, rtol=0)
 
 
+def test_cut_responses_can_be_scored_as_if_they_had_ended(paths):
+    plain, ended = (roll(load(paths, s), s) for s in (settings_for(paths), settings_for(paths, end_cut_responses=True)))
+    assert plain.responses == ended.responses  # what is trained stays as it was sampled
+    cut = [response[-1] != 2 for response in plain.responses]
+    assert {True, False} <= set(cut)
+    safety = AutoModelForSequenceClassification.from_pretrained(paths["safety"])
+    for i, (prompt, response) in enumerate(zip(plain.prompts, plain.responses, strict=True)):
+        with torch.no_grad():
+            hidden = safety.model(torch.tensor([[*prompt.ids, *response, *([2] if cut[i] else [])]])).last_hidden_state
+            expected = safety.score(hidden[0, -1]).item()
+        assert ended.raw["safety"][i].item() == pytest.approx(expected, abs=1e-4)
+        assert (abs(plain.raw["safety"][i].item() - expected) > 1e-3) == cut[i]
+
+
 def test_rewards_are_whitened_scores_minus_kl(paths):
     settings = settings_for(paths, kl_coef=0.3, gae_lambda=1.0, whiten_advantages=False)
     rollout = roll(load(paths, settings), settings)
