@@ -4,7 +4,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 Answer = tuple[int, object]  # status and JSON value (bytes are sent as they are)
@@ -38,12 +38,12 @@ class Loopback:
                     served.at_once += 1
                     served.most_at_once = max(served.at_once, served.most_at_once)
                 try:
-                    self.reply(*served.answer(self.path, body, nth))
-                except BrokenPipeError:
-                    pass  # the client has stopped waiting
-                finally:
+                    answer = served.answer(self.path, body, nth)
+                finally:  # before the reply: the client's next request may come sooner than what stands behind it
                     with served.lock:
                         served.at_once -= 1
+                with suppress(BrokenPipeError):  # the client has stopped waiting
+                    self.reply(*answer)
 
             def reply(self, status: int, value: object) -> None:
                 data = value if isinstance(value, bytes) else json.dumps(value).encode()
