@@ -34,7 +34,7 @@ from rlhf.plan_shapes import PROJECTIONS, Shape, find_shape
 from rlhf.plan_time import Device, Work, iteration_seconds
 
 GIB = 2**30
-SAMPLER_ROWS = 1024  # of rlhf/rollout.py
+SAMPLER_ROWS = 1024  # of sample_live in rlhf/engines.py
 # Beside tensors a process holds the CUDA context and libraries, about 1 GiB; an allocator loses some of the rest.
 CONTEXT_GIB, USABLE = 1.0, 0.95
 

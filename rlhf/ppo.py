@@ -168,8 +168,7 @@ class Run:
         scores = scores[(kept > 0) & scores.isfinite()]  # nan would stay, in checkpoints too
         if not len(scores):
             return rollout  # nothing is trained in this iteration either
-        shift, scale = float(scores.mean()), float(scores.std(unbiased=False).clamp(min=1e-3))
-        self.state["value_unit"] = [shift, scale]
+        self.state["value_unit"] = shift, scale = moments_of(scores, "score")
         self.roles.value_shift, self.roles.value_scale = shift, scale
         values_BR = (rollout.values_BR - shift) / scale
         return replace(rollout, values_BR=torch.where(rollout.sequences.response_mask_BR, values_BR, 0.0))
