@@ -177,20 +177,21 @@ def test_llama2_has_a_config_for_every_stage():
     )
 
 
-def test_reward_models_have_configs_of_three_sizes():
+@pytest.mark.parametrize("role", ["reward", "judge"])
+def test_reward_models_and_judges_have_configs_of_three_sizes(role):
     sizes = sorted((path.stem.split("_")[1], parse("train_reward", path)["objective"])
-                   for path in LLAMA2 if stage_of(path) == "train_reward" and "_judge_" not in path.name)  # fmt: skip
+                   for path in LLAMA2 if stage_of(path) == "train_reward" and f"_{role}_" in path.name)  # fmt: skip
     assert sizes == [(size, kind) for size in ("13b", "70b", "7b") for kind in ("helpfulness", "safety")]
 
 
 @pytest.mark.parametrize("kind", ["helpfulness", "safety"])
 def test_the_judge_is_the_reward_model_of_the_other_prompts(kind, demo):
-    def settings(name: str) -> dict[str, Any]:
-        return yaml.safe_load((CONFIGS / f"llama2_7b_{name}_{kind}.yaml").read_text())
+    def settings(size: str, name: str) -> dict[str, Any]:
+        return yaml.safe_load((CONFIGS / f"llama2_{size}_{name}_{kind}.yaml").read_text())
 
     by_name = {stage.name: stage.settings for stage in demo}
     for ours, judge in (
-        (settings("reward"), settings("judge")),
+        *((settings(size, "reward"), settings(size, "judge")) for size in ("7b", "13b", "70b")),
         (by_name[f"reward_{kind}"], by_name[f"judge_{kind}"]),
     ):
         assert (ours["prompt_half"], judge["prompt_half"]) == ("first", "second")
