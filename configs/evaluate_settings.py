@@ -4,11 +4,12 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from configs.errors import UserError
+from configs.scoring_settings import ScoringSettings
 
 
 @dataclass
-class EvaluateSettings:
-    """What to evaluate, on which prompts, and against what."""
+class EvaluateSettings(ScoringSettings):
+    """What to evaluate, on which prompts, and against what. Scored as in PPO, or by one reward model alone, or not."""
 
     output_dir: str = field(metadata={"help": "run folder"})
     model_name_or_path: str = field(metadata={"help": "policy to evaluate"})
@@ -16,8 +17,6 @@ class EvaluateSettings:
         metadata={"help": "prompt records; `is_safety` and `kind` are used where they stand"}
     )
     sft_model_path: str = field(default="", metadata={"help": "SFT policy for the KL; empty: no KL"})
-    helpfulness_model_path: str = field(default="", metadata={"help": "helpfulness reward model; empty: no such score"})
-    safety_model_path: str = field(default="", metadata={"help": "safety reward model; empty: no such score"})
     gold: str = field(default="none", metadata={"help": "simulated: gold scores of the simulated world; none"})
     chat_format: Literal["auto", "llama2", "template"] = field(
         default="auto", metadata={"help": "auto: the tokenizer's own template, or Llama 2's format where it has none"}
@@ -42,3 +41,14 @@ class EvaluateSettings:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if not 0.0 <= self.max_reject_share < 1.0:
             raise UserError(f"max_reject_share is {self.max_reject_share}; it must be in [0, 1)")
+        self.check_scoring()
+        if self.end_cut_responses and not self.reward_model_paths:
+            raise UserError("end_cut_responses: no reward model is named that would read them")
+        if self.combines:
+            self.check_reward_sources()
+
+    @property
+    def combines(self) -> bool:
+        """Whether there is a combined score: not of one model alone, nor of none."""
+        alone = len(self.reward_model_paths) < 2 and not self.reward_functions
+        return not (alone and self.reward_combination == "piecewise")

@@ -2,7 +2,8 @@
 
     accelerate launch rlhf/evaluate_policy.py --config configs/<run>.yaml --model_name_or_path runs/x/ppo/model
 
-At temperature 1 and greedily: both reward scores, response length, and where the simulated world's gold scores apply
+At temperature 1 and greedily: the score of each reward model and function, and the combined one (all by the settings of
+PPO's reward, rlhf/scoring.py), response length, and where the simulated world's gold scores apply
 gold helpfulness (over the prompts that are not risky), gold safety and the unsafe rate (over the risky ones) and the
 rate of false refusals (over the benign prompts that look unsafe), each with a 95 % interval. KL to the SFT policy in
 nats per response. Every response with its scores goes to `responses.jsonl`, one row a prompt in the order of the
@@ -15,9 +16,11 @@ from pathlib import Path
 if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # launched by path, Python puts rlhf/ first
 
+import math
 from collections.abc import Sequence
-from dataclasses import asdict
-from typing import Any
+from dataclasses import asdict, replace
+from functools import partial
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -27,7 +30,7 @@ from configs.evaluate_settings import EvaluateSettings
 from configs.model_settings import ModelSettings
 from configs.records import read_prompts, write_jsonl
 from configs.sampling_settings import SamplingSettings
-from reward.combine import combined_reward
+from configs.scoring_settings import Combination
 from reward.model import load_reward_model
 from reward.scorer import score_ids
 from rlhf.cli import entry, parse
@@ -35,6 +38,8 @@ from rlhf.estimates import mean_with_interval, share_with_interval
 from rlhf.models import load_policy, load_tokenizer, resolve_dtype
 from rlhf.run import RunFolder, numbers
 from rlhf.sampler import prompt_room, sample
+from rlhf.samples import Prompt
+from rlhf.scoring import Scored, Scoring
 from rlhf.sequences import teacher_forced_logprobs
 from rlhf.simulation.annotator import SAFE_FROM
 from rlhf.simulation.world import gold_helpfulness, gold_safety, is_refusal
@@ -104,6 +109,30 @@ def _share_out(rows: list[dict[str, Any]], name: str, values: Sequence[Any], k: 
         row[name] = list(values[i * k : (i + 1) * k])
 
 
+def as_prompt(record: dict[str, Any], chat: Any) -> Prompt:
+    """What reward functions get to know of a prompt."""
+    return Prompt(record["prompt"], chat.encode_prompt(record["prompt"]), bool(record["is_safety"]))
+
+
+def scoring_of(settings: EvaluateSettings) -> Scoring | None:
+    """What scores; one model alone by itself, whatever the rule for two; None where nothing is named."""
+    if not settings.reward_model_paths and not settings.reward_functions:
+        return None
+    if settings.combines:
+        return Scoring(settings)
+    (name,) = settings.reward_model_paths
+    return Scoring(replace(settings, reward_combination=cast(Combination, name)))
+
+
+def columns(scored: Scored, combined: bool) -> dict[str, list[float | None]]:
+    """Scores by name, rounded; None where a function does not apply to a response."""
+    found = {**scored.raw, **({"combined": scored.combined_B} if combined else {})}
+    return {
+        name: [None if math.isnan(value) else round(value, 4) for value in values.tolist()]
+        for name, values in found.items()
+    }
+
+
 def evaluate(settings: EvaluateSettings, run: RunFolder) -> dict[str, Any]:
     """Samples, scores and writes; returns the summary."""
     device = "cuda" if torch.cuda.is_available() and not settings.use_cpu else "cpu"
@@ -120,8 +149,15 @@ def evaluate(settings: EvaluateSettings, run: RunFolder) -> dict[str, Any]:
 
     policy = load(settings.model_name_or_path)
     records = read_records(settings, chat, prompt_room(policy, settings.max_new_tokens, settings.max_prompt_tokens))
-    paths = {"helpfulness": settings.helpfulness_model_path, "safety": settings.safety_model_path}
-    reward_models = {name: load_reward(path) for name, path in paths.items() if path}
+    scoring = scoring_of(settings)
+    if scoring:
+        scoring.try_out(as_prompt(records[0], chat), chat)
+    reward_models = {name: load_reward(path) for name, path in settings.reward_model_paths.items()}
+    end = chat.ended if settings.end_cut_responses else list
+
+    def score(name: str, dialogues: list[list[int]], k: int) -> Tensor:
+        return score_ids(reward_models[name], [end(ids) for ids in dialogues], k=k)
+
     summary: dict[str, Any] = {"prompts": len(records), "ci95": {}}
     rows: list[dict[str, Any]] = [
         {"prompt": r["prompt"], "is_safety": r["is_safety"], "kind": r.get("kind"), "source": r["source"]}
@@ -147,16 +183,13 @@ def evaluate(settings: EvaluateSettings, run: RunFolder) -> dict[str, Any]:
             for name, risky in (("helpfulness", False), ("safety", True)):
                 mine = [row for row in rows if bool(row["is_safety"]) == risky]
                 _share_out(mine, f"gold_{name}{suffix}", gold[name], k)
-        raw: dict[str, Tensor] = {}
-        for name, reward_model in reward_models.items():
-            raw[name] = score_ids(reward_model, [[*p, *r] for p, r in zip(prompts, responses, strict=True)], k=k)
-            _figure(summary, f"reward_{name}{suffix}", raw[name].tolist())
-            _share_out(rows, f"reward_{name}{suffix}", [round(x, 4) for x in raw[name].tolist()], k)
-        if len(raw) == 2:
-            is_safety = torch.tensor([record["is_safety"] for record in repeated])
-            combined = combined_reward(raw["safety"], raw["helpfulness"], is_safety).tolist()
-            _figure(summary, f"reward_combined{suffix}", combined)
-            _share_out(rows, f"reward_combined{suffix}", [round(x, 4) for x in combined], k)
+        if scoring:
+            scored = scoring.scores(
+                partial(score, k=k), [as_prompt(record, chat) for record in repeated], responses, texts
+            )
+            for name, values in columns(scored, settings.combines).items():
+                _figure(summary, f"reward_{name}{suffix}", [value for value in values if value is not None])
+                _share_out(rows, f"reward_{name}{suffix}", values, k)
         if settings.sft_model_path and decoding == "sampled":
             reference = load(settings.sft_model_path)
             kl = response_logprobs(policy, prompts, responses) - response_logprobs(reference, prompts, responses)

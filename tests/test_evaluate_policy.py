@@ -152,6 +152,44 @@ def test_reward_scores_and_lengths_belong_to_the_greedy_responses(paths, run):
     assert run[1]["response_tokens_greedy"] == pytest.approx(sum(lengths) / 10, abs=1e-4)
 
 
+def test_scores_follow_the_settings_of_the_reward(paths, run, tmp_path, monkeypatch):
+    """Same seed, so the same samples as `run`: the mean of two models, a function for some prompts only, and
+    models that read cut-off responses as ended (oracle: transformers' plain classification model)."""
+    (tmp_path / "reward_rules.py").write_text(
+        "def helpful_only(is_safety, **kwargs): return [None if tagged else 1.5 for tagged in is_safety]"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    more = ("--reward_combination", "mean", "--end_cut_responses", "true",
+            "--reward_functions", "rule=reward_rules:helpful_only", "--reward_function_weights", "2.0")  # fmt: skip
+    summary = main(call(paths, tmp_path / "run", *more))
+    rows = jsonl(tmp_path / "run" / "responses.jsonl")
+    assert [row["responses"] for row in rows] == [row["responses"] for row in jsonl(run[0] / "responses.jsonl")]
+    chat = load_chat_format(AutoTokenizer.from_pretrained(paths["policy"]))
+    judge = AutoModelForSequenceClassification.from_pretrained(paths["safety"])
+    cut = 0
+    for row in rows:
+        rule = None if row["is_safety"] else 1.5
+        assert row["reward_rule"] == [rule] * SAMPLES
+        for j, ids in enumerate(row["response_ids"]):
+            cut += ids[-1] not in chat.stop_ids
+            end = [] if ids[-1] in chat.stop_ids else [chat.stop_ids[-1]]
+            whole = [*chat.encode_prompt(row["prompt"]), *ids, *end]
+            with torch.no_grad():
+                score = judge(torch.tensor([whole]), attention_mask=torch.ones(1, len(whole))).logits.item()
+            assert row["reward_safety"][j] == pytest.approx(score, abs=2e-4)
+            mean = (row["reward_safety"][j] + row["reward_helpfulness"][j]) / 2 + 2 * (rule or 0)
+            assert row["reward_combined"][j] == pytest.approx(mean, abs=2e-4)
+    assert cut > 0
+    assert summary["reward_rule"] == 1.5
+
+
+def test_one_reward_model_alone_scores_alone(paths, tmp_path):
+    unnamed = ("--safety_model_path", paths["safety"])
+    summary = main([word for word in call(paths, tmp_path / "run") if word not in unnamed])
+    assert "reward_helpfulness" in summary
+    assert not {"reward_safety", "reward_combined"} & summary.keys()
+
+
 def test_each_row_has_the_samples_of_its_own_prompt(paths, run):
     rows = jsonl(run[0] / "responses.jsonl")
     chat = load_chat_format(AutoTokenizer.from_pretrained(paths["policy"]))
@@ -197,6 +235,9 @@ def test_a_bad_prompt_row_is_set_aside_and_too_many_stop_the_run(paths, tmp_path
         (["--samples_per_prompt", "0"], "samples_per_prompt"),
         (["--max_reject_share", "1.5"], "max_reject_share"),
         (["--max_prompt_tokens", "3"], "no row is left"),
+        (["--safety_model_path", "", "--reward_combination", "min"], "safety_model_path: name the folder"),
+        (["--safety_model_path", "", "--helpfulness_model_path", "", "--end_cut_responses", "true"], "no reward model"),
+        (["--reward_functions", "nowhere.rules:f"], "nowhere.rules"),
     ],
 )
 def test_mistakes_are_named(paths, tmp_path, flags, message):
