@@ -38,8 +38,8 @@ from configs.chat import load_chat_format
 from configs.records import read_preferences
 from configs.sampling_settings import SamplingSettings
 from reward.tree import shared_tokens
-from rlhf.models import load_tokenizer
 from rlhf.sampler import sample
+from rlhf.tokenizer import load_tokenizer
 
 EOS, PAD = 2, 3  # of the small Llama
 BATCH = 16  # dialogues of a step that teaches it

@@ -9,7 +9,7 @@ import numpy as np
 from configs.chat import load_chat_format
 from configs.records import read_preferences
 from reward.data import EncodedPair, encode_pairs
-from rlhf.models import load_tokenizer
+from rlhf.tokenizer import load_tokenizer
 
 KIT = Path(os.environ.get("RLHF_KIT", Path(__file__).resolve().parents[2] / "shared" / "data"))
 SETS = ("helpful", "harmless")

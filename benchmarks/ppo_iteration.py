@@ -58,7 +58,7 @@ from rlhf.advantages import gae, masked_whiten, per_token_kl, place_rewards
 from rlhf.draw import sample_seeds
 from rlhf.hardware import token_budget
 from rlhf.load_roles import load_roles
-from rlhf.models import load_tokenizer
+from rlhf.tokenizer import load_tokenizer
 from rlhf.sequences import Sequences
 from rlhf.rollout import Rollout, advantages_and_returns, collect
 from rlhf.samples import Prompt

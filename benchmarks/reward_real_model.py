@@ -32,7 +32,7 @@ from configs.reward_settings import RewardSettings
 from reward import metrics
 from reward.data import EncodedPair, encode_pairs
 from reward.model import create_reward_model, load_reward_model, save_reward_model
-from rlhf.models import load_tokenizer
+from rlhf.tokenizer import load_tokenizer
 from rlhf import train_reward
 from rlhf.reward_training import RewardTrainer, score_pairs
 

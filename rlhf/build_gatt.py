@@ -237,7 +237,8 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
     from accelerate import PartialState
     from tqdm import tqdm
 
-    from rlhf.models import data_fingerprint, load_tokenizer
+    from rlhf.models import data_fingerprint
+    from rlhf.tokenizer import load_tokenizer
 
     started = time.monotonic()
     state = PartialState(cpu=run_settings.use_cpu)

@@ -40,12 +40,13 @@ from rlhf.cli import entry, parse
 from rlhf.draw import sample_seeds
 from rlhf.engines import InProcess, load_engine
 from rlhf.labels import LABELS, import_labels, preference_record
-from rlhf.models import data_fingerprints, load_tokenizer
+from rlhf.models import data_fingerprints
 from rlhf.rejection_sampling import read_prompt_files, usable
 from rlhf.run import RunFolder, numbers
 from rlhf.sampler import prompt_room
 from rlhf.samples import Prompt
 from rlhf.shards import read_shards, run_shards, shard_folder, weights_stamp, without_failed
+from rlhf.tokenizer import load_tokenizer
 
 Row = dict[str, Any]
 

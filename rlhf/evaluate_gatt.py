@@ -193,7 +193,8 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
         raise UserError("prompt_files: name at least one file of held-out prompt records")
     import torch
 
-    from rlhf.models import load_policy, load_tokenizer
+    from rlhf.models import load_policy
+    from rlhf.tokenizer import load_tokenizer
 
     started = time.monotonic()
     run = RunFolder(run_settings.output_dir, resolved, "evaluate_gatt")

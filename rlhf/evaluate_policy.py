@@ -35,7 +35,7 @@ from reward.model import load_reward_model
 from reward.scorer import score_ids
 from rlhf.cli import entry, parse
 from rlhf.estimates import mean_with_interval, share_with_interval
-from rlhf.models import load_policy, load_tokenizer, resolve_dtype
+from rlhf.models import load_policy, resolve_dtype
 from rlhf.run import RunFolder, numbers
 from rlhf.sampler import prompt_room, sample
 from rlhf.samples import Prompt
@@ -43,6 +43,7 @@ from rlhf.scoring import Scored, Scoring
 from rlhf.sequences import teacher_forced_logprobs
 from rlhf.simulation.annotator import SAFE_FROM
 from rlhf.simulation.world import gold_helpfulness, gold_safety, is_refusal
+from rlhf.tokenizer import load_tokenizer
 
 IdLists = Sequence[Sequence[int]]
 

@@ -42,8 +42,9 @@ from reward.scorer import score_ids
 from rlhf.cli import entry, parse
 from rlhf.estimates import paired_bootstrap
 from rlhf.judge import HELPFULNESS, SAFETY, compare, judge, load_judges
-from rlhf.models import data_fingerprints, load_tokenizer, resolve_dtype
+from rlhf.models import data_fingerprints, resolve_dtype
 from rlhf.run import RunFolder, numbers, write_atomic
+from rlhf.tokenizer import load_tokenizer
 
 NEEDED = ("prompt", "is_safety", "responses", "response_ids")
 KINDS = {"all": "all prompts", "helpfulness": "helpfulness prompts", "safety": "safety prompts"}

@@ -20,7 +20,7 @@ from reward.combine import combined_reward
 from reward.metrics import outcome
 from reward.model import load_reward_model
 from rlhf.estimates import paired_bootstrap
-from rlhf.rejection_sampling import check_same_tokenizer
+from rlhf.tokenizer import check_same_tokenizer
 from rlhf.win_rates import length_controlled_win_rate, win_rate
 
 HELPFULNESS, SAFETY = "judge_helpfulness", "judge_safety"

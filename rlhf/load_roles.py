@@ -1,12 +1,10 @@
 """The models behind the roles of PPO: five adapters and heads on one base under LoRA, a model each without it."""
 
-import contextlib
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoTokenizer
 
 from configs.errors import UserError
 from configs.model_settings import ModelSettings
@@ -18,6 +16,7 @@ from rlhf import sharding
 from rlhf.hardware import attend_in_float32
 from rlhf.models import decoder_of, freeze_embeddings, load_base, load_policy, lora_config, resolve_dtype, unwrap
 from rlhf.roles import Role, Roles, check_plain_head
+from rlhf.tokenizer import check_same_tokenizer
 
 POLICY = "default"  # what peft calls an adapter that stands alone: the saved one loads without naming it
 
@@ -33,9 +32,9 @@ def load_roles(ppo: PPOSettings, model_settings: ModelSettings, tokenizer: Any, 
     if ppo.value_model == "helpfulness" and not ppo.helpfulness_model_path:
         raise UserError("value_model: helpfulness needs helpfulness_model_path; without one use value_model: policy")
     for field, path in reward_paths(ppo).items():
-        _check_same_tokenizer(tokenizer, field, path)
+        check_same_tokenizer(tokenizer, path, field)
     if ppo.reference_model == "sft":
-        _check_same_tokenizer(tokenizer, "sft_model_path", str(ppo.sft_model_path))
+        check_same_tokenizer(tokenizer, str(ppo.sft_model_path), "sft_model_path")
     model_settings = replace(model_settings, lora_dropout=0.0)  # dropout: pi and pi_old would differ before any step
     load = _Shared if model_settings.use_peft else _Separate
     roles = load(ppo, model_settings, tokenizer, torch.device(device), seed).roles()
@@ -189,15 +188,3 @@ class _Shared(_Loader):
 
 def _trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
-
-
-def _check_same_tokenizer(tokenizer: Any, field: str, path: str) -> None:
-    """Ids go from role to role as they are, so every role must read them alike."""
-    with contextlib.suppress(OSError, ValueError):
-        other = AutoTokenizer.from_pretrained(path).get_vocab()
-        ours = tokenizer.get_vocab()
-        if (
-            any(ours.get(token, index) != index for token, index in other.items())
-            or len(other.keys() ^ ours.keys()) > 1
-        ):
-            raise UserError(f"{field}: {path} has another tokenizer than the policy; ids cannot pass between them")

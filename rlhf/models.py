@@ -1,4 +1,4 @@
-"""Tokenizers and policies: loading, LoRA, and saving as plain Hugging Face folders.
+"""Policies: loading, LoRA, and saving as plain Hugging Face folders. Tokenizers: rlhf/tokenizer.py.
 
 Decisions that are easy to get wrong and therefore live in one place:
 
@@ -27,7 +27,6 @@ from peft.tuners.lora import LoraLayer
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    AutoTokenizer,
     GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
@@ -47,26 +46,9 @@ from reward.quantized import (
     keep_layout,
     unquantized,
 )
+from rlhf.tokenizer import load_tokenizer
 
 logger = logging.getLogger(__name__)
-
-PAD_TOKEN = "<pad>"
-
-
-def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of `path`, with a pad token that no other role uses (added as `<pad>` where there is none)."""
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise UserError(f"model_name_or_path: no tokenizer can be loaded from {path!r}: {error}") from error
-    if tokenizer.eos_token_id is None:
-        raise UserError(f"model_name_or_path: the tokenizer of {path!r} has no EOS token, so no reply could ever end")
-    if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
-        added = tokenizer.add_special_tokens({"pad_token": PAD_TOKEN})
-        if tokenizer.pad_token_id == tokenizer.eos_token_id:  # "<pad>" itself is this tokenizer's eos
-            raise UserError(f"model_name_or_path: the tokenizer of {path!r} uses {PAD_TOKEN!r} as its EOS token")
-        logger.warning("%s has no pad token of its own: %r is used (%d token added)", path, PAD_TOKEN, added)
-    return tokenizer
 
 
 def resolve_dtype(settings: ModelSettings, trainable: bool) -> torch.dtype:

@@ -44,9 +44,9 @@ from reward.combine import combined_reward
 from reward.model import load_reward_model
 from reward.scorer import score_ids
 from rlhf.cli import entry, parse
-from rlhf.models import data_fingerprints, load_tokenizer, resolve_dtype
-from rlhf.rejection_sampling import check_same_tokenizer
+from rlhf.models import data_fingerprints, resolve_dtype
 from rlhf.run import RunFolder, numbers
+from rlhf.tokenizer import check_same_tokenizer, load_tokenizer
 
 Row = dict[str, Any]
 SCORED_AT_ONCE = 512  # rows between two steps of the progress bar

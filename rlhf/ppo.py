@@ -55,7 +55,8 @@ from rlhf.draw import sample_seeds
 from rlhf.hardware import peak_memory_mib, token_budget
 from rlhf.judge import held_out_figures, judge
 from rlhf.kl_control import next_kl_coef
-from rlhf.models import data_fingerprint, load_tokenizer, model_card, save_policy, unwrap
+from rlhf.models import data_fingerprint, model_card, save_policy, unwrap
+from rlhf.tokenizer import load_tokenizer
 from rlhf.ppo_figures import decoded, gold_figures, rollout_figures, sampler_gap, time_figures, value_figures
 from rlhf.prompts import prompts_of, read_encoded
 from rlhf.load_roles import load_roles

@@ -32,8 +32,9 @@ from configs.errors import UserError
 from configs.preference_prompts_settings import PreferencePromptsSettings
 from configs.records import first_user_turn, read_prompts, write_jsonl
 from rlhf.cli import entry, parse
-from rlhf.models import data_fingerprints, load_tokenizer
+from rlhf.models import data_fingerprints
 from rlhf.run import RunFolder
+from rlhf.tokenizer import load_tokenizer
 
 Row = dict[str, Any]
 

@@ -46,7 +46,7 @@ from reward.scorer import score_ids
 from rlhf.cli import entry, parse
 from rlhf.draw import sample_seeds
 from rlhf.engines import load_engine
-from rlhf.models import data_fingerprints, load_tokenizer, resolve_dtype
+from rlhf.models import data_fingerprints, resolve_dtype
 from rlhf.run import RunFolder
 from rlhf.sampler import prompt_room
 from rlhf.samples import Prompt, before_stop_string
@@ -54,6 +54,7 @@ from rlhf.score_files import FUNCTION, SCORES, write_scores
 from rlhf.scoring import Scoring, applicable_mean
 from rlhf.selection import Picks, best_of_n_curve, best_of_n_kl, check_finite, duplicate_of, pick
 from rlhf.shards import read_shards, run_shards, shard_folder, weights_stamp, without_failed
+from rlhf.tokenizer import check_same_tokenizer, load_tokenizer
 
 Row = dict[str, Any]
 # Settings that change neither responses nor scores: another min_score, or a lower token_budget after memory ran out,
@@ -76,13 +77,6 @@ def read_prompt_files(
     if not rows:
         raise UserError(f"prompt_files: no usable prompt in {files}")
     return rows
-
-
-def check_same_tokenizer(tokenizer: Any, path: str, field: str) -> None:
-    """UserError where a reward model would read the policy's ids as other tokens (its padding token may differ)."""
-    ours, theirs = (set(t.get_vocab().items()) for t in (tokenizer, load_tokenizer(path)))
-    if len(ours ^ theirs) > 2:  # a token added on one side, or one renamed
-        raise UserError(f"{field}: {path} has another tokenizer than the policy; it cannot score the policy's ids")
 
 
 def usable(chat_format: ChatFormat, prompt: list[dict[str, str]], text: str) -> bool:

@@ -46,7 +46,8 @@ from configs.scaling_settings import CellModelSettings, ScalingSettings, StudyRu
 from reward.data import encode_pairs  # noqa: E402
 from reward.mixing import nested_subsets  # noqa: E402
 from rlhf import scaling_report, train_reward  # noqa: E402
-from rlhf.models import data_fingerprints, first_layers, load_tokenizer, save_first_layers  # noqa: E402
+from rlhf.models import data_fingerprints, first_layers, save_first_layers  # noqa: E402
+from rlhf.tokenizer import load_tokenizer
 from rlhf.pipeline import Stage, run_stages  # noqa: E402
 from rlhf.plots import STYLE  # noqa: E402
 from rlhf.report import WIDTH  # noqa: E402

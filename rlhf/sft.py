@@ -39,7 +39,8 @@ from configs.model_settings import ModelSettings, RunSettings
 from configs.records import read_dialogues, split_by_prompt
 from configs.sampling_settings import SamplingSettings
 from configs.sft_settings import SFTSettings
-from rlhf.models import data_fingerprint, load_policy, load_tokenizer, model_card, save_policy
+from rlhf.models import data_fingerprint, load_policy, model_card, save_policy
+from rlhf.tokenizer import load_tokenizer
 from rlhf.hardware import attend_in_float32
 from rlhf.models import unwrap
 from rlhf.roles import rescaled_logits

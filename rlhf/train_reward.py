@@ -42,7 +42,8 @@ from reward.evaluation import pair_summary  # noqa: E402
 from reward.loss import margin_table  # noqa: E402
 from reward.model import add_lora, create_reward_model, save_reward_model  # noqa: E402
 from rlhf.hardware import attend_in_float32  # noqa: E402
-from rlhf.models import data_fingerprints, freeze_embeddings, load_tokenizer, model_card, resolve_dtype, unwrap  # noqa: E402
+from rlhf.models import data_fingerprints, freeze_embeddings, model_card, resolve_dtype, unwrap  # noqa: E402
+from rlhf.tokenizer import load_tokenizer
 from rlhf.reward_inputs import read_inputs  # noqa: E402
 from rlhf.reward_training import CHECKPOINTS, RewardTrainer, score_pairs, training_arguments  # noqa: E402
 from rlhf.run import NOT_COMPARED, RunFolder  # noqa: E402

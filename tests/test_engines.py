@@ -12,9 +12,9 @@ from configs.rejection_settings import RejectionSettings
 from configs.sampling_settings import SamplingSettings
 from rlhf import engines, shards
 from rlhf.engines import Fastest, InProcess, load_engine
-from rlhf.models import load_tokenizer
 from rlhf.sampler import sample
 from rlhf.samples import Prompt, SampleBatch, require_exact_ids
+from rlhf.tokenizer import load_tokenizer
 
 PROMPTS = [Prompt([], [5, 6, 7 + i]) for i in range(20)]
 SERVER = {"server_url": "http://127.0.0.1:9/v1"}

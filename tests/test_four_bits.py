@@ -22,9 +22,10 @@ from configs.records import RATINGS
 from reward.model import add_lora, create_reward_model, load_reward_model, save_reward_model
 from reward.scorer import score_ids
 from rlhf.load_roles import load_roles
-from rlhf.models import load_tokenizer, save_policy
+from rlhf.models import save_policy
 from rlhf.rollout import advantages_and_returns, collect
 from rlhf.samples import Prompt
+from rlhf.tokenizer import load_tokenizer
 from rlhf.train_reward import main
 from rlhf.update import make_optimizer, update
 

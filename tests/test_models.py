@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from configs.errors import UserError
 from configs.model_settings import ModelSettings
 from reward.model import create_reward_model, load_reward_model
-from rlhf.models import data_fingerprint, load_policy, load_tokenizer, model_card, save_policy
+from rlhf.models import data_fingerprint, load_policy, model_card, save_policy
+from rlhf.tokenizer import check_same_tokenizer, load_tokenizer
 
 IDS = torch.tensor([[1, 40, 41, 42, 43]])
 
@@ -119,3 +120,27 @@ def test_model_card_and_fingerprint(tmp_path):
     assert expected in card
     assert "| eval_loss | 0.5 |" in card
     assert "| steps | 3 |" in card
+
+
+@pytest.mark.parametrize(
+    ("change", "refused"),
+    [
+        (lambda tokenizer: None, None),
+        (lambda tokenizer: tokenizer.add_special_tokens({"pad_token": "[PAD]"}), None),  # never read
+        (lambda tokenizer: tokenizer.add_tokens(["another"]), "1 tokens differ, such as 'another'"),
+    ],
+)
+def test_tokenizers_may_differ_in_their_padding_token_only(folder, tmp_path, change, refused):
+    other = AutoTokenizer.from_pretrained(folder)
+    change(other)
+    other.save_pretrained(tmp_path)
+    if refused is None:
+        check_same_tokenizer(load_tokenizer(folder), str(tmp_path), "safety_model_path")
+        return
+    with pytest.raises(UserError, match=f"^safety_model_path: .*{refused}"):
+        check_same_tokenizer(load_tokenizer(folder), str(tmp_path), "safety_model_path")
+
+
+def test_a_folder_without_a_tokenizer_is_taken_to_have_the_same(folder, tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    check_same_tokenizer(load_tokenizer(folder), str(tmp_path), "safety_model_path")

@@ -16,8 +16,8 @@ from configs.records import write_jsonl
 from reward.model import create_reward_model, save_reward_model
 from rlhf import ppo
 from rlhf.collect_preferences import annotate_pairs
-from rlhf.models import load_tokenizer
 from rlhf.simulation.people import Mix, demonstrate, draw_dialogue
+from rlhf.tokenizer import load_tokenizer
 from rlhf.train_reward import main
 
 ROOT = Path(__file__).resolve().parents[1]

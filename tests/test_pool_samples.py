@@ -15,8 +15,8 @@ from configs.chat import load_chat_format
 from configs.errors import UserError
 from configs.rounds_settings import PoolSettings
 from rlhf import pool_preferences, pool_samples
-from rlhf.models import load_tokenizer
 from rlhf.pool_samples import pool
+from rlhf.tokenizer import load_tokenizer
 
 
 def row(prompt: str, text: str, score: float | None = 0.0) -> dict:

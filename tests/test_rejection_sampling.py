@@ -21,11 +21,11 @@ from configs.records import read_dialogues
 from configs.rejection_settings import RejectionSettings
 from rlhf import rejection_sampling, shards
 from rlhf.draw import sample_seeds
-from rlhf.models import load_tokenizer
 from rlhf.rejection_sampling import select, summarise
 from rlhf.samples import before_stop_string
 from rlhf.score_files import read_scores
 from rlhf.simulation.people import draw_prompts
+from rlhf.tokenizer import load_tokenizer
 
 K = 4
 

@@ -17,9 +17,10 @@ from configs.ppo_settings import PPOSettings
 from reward.model import add_lora, create_reward_model, save_reward_model
 from reward.scorer import score_ids
 from rlhf.load_roles import load_roles
-from rlhf.models import decoder_of, load_policy, load_tokenizer, save_policy
+from rlhf.models import decoder_of, load_policy, save_policy
 from rlhf.rollout import collect
 from rlhf.sequences import Sequences
+from rlhf.tokenizer import load_tokenizer
 
 LINEAR = ["q_proj", "v_proj", "down_proj"]
 

@@ -27,9 +27,10 @@ from configs.errors import UserError
 from configs.rejection_settings import RejectionSettings
 from configs.sampling_settings import SamplingSettings
 from rlhf import collect_preferences, engines, rejection_sampling
-from rlhf.models import load_tokenizer, save_policy
+from rlhf.models import save_policy
 from rlhf.samples import Prompt
 from rlhf.server_protocol import Choice, Garbage, encode_choice, read_choices
+from rlhf.tokenizer import load_tokenizer
 
 pytest.importorskip("openai", reason="the server extra is not installed")
 from rlhf import server_engine  # noqa: E402

@@ -15,9 +15,10 @@ from configs.chat import load_chat_format
 from configs.model_settings import ModelSettings
 from configs.ppo_settings import PPOSettings
 from rlhf.load_roles import load_roles
-from rlhf.models import load_tokenizer, save_policy
+from rlhf.models import save_policy
 from rlhf.rollout import advantages_and_returns, rollout_from
 from rlhf.samples import Prompt
+from rlhf.tokenizer import load_tokenizer
 from rlhf.update import make_optimizer, update
 
 BASE = "rlhf/simulation/base_model"
