@@ -4,9 +4,9 @@
 
 For each seed: world, SFT, reward models and judges as in configs/demo.yaml; then from the SFT model, with `--samples`
 responses each, (a) rejection sampling alone, (b) PPO alone for every beta, (c) rejection sampling with half of them and
-PPO with the other half. PPO runs to its end whatever the judge says; the table shows the gold reward where the judge
-would have stopped it and at the end: where the second is lower, the reward model was over-optimised and the judge
-caught it.
+PPO with the other half, at the demo's beta. PPO runs to its end whatever the judge says; the table shows the gold
+reward where the judge would have stopped it and at the end: where the second is lower, the reward model was
+over-optimised and the judge caught it.
 
 Gold is the mean true score over evaluation prompts (helpfulness, safety on risky prompts); KL is to the SFT model, in
 nats a response. A finished stage is not run again. The last line is one JSON object.
@@ -35,7 +35,6 @@ SHARED = ("world", "sft", "collect", "collect_2", "reward_helpfulness", "reward_
           "judge_safety")  # fmt: skip
 K = 8  # samples a prompt of rejection sampling
 BATCH = 128  # of PPO
-BOTH_KL_COEF = 0.15
 
 
 def stages_of(kl_coefs: list[float], samples: int) -> list[Row]:
@@ -70,7 +69,7 @@ def stages_of(kl_coefs: list[float], samples: int) -> list[Row]:
     shared = [demo[name] | {"threads": 1} for name in SHARED]
     shared += [stage("evaluate_sft", "evaluate_sft", ["sft"])]
     alone = [row for beta in kl_coefs for row in ppo(name_of(beta), "sft", beta, samples // BATCH)]
-    both = ppo("both", "rejection_half", BOTH_KL_COEF, samples // 2 // BATCH)
+    both = ppo("both", "rejection_half", demo["ppo"]["settings"]["kl_coef"], samples // 2 // BATCH)
     return [*shared, *best_of_k("rejection", samples // K), *best_of_k("rejection_half", samples // 2 // K), *both,
             *alone]  # fmt: skip
 
