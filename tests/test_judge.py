@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from test_ppo import final_weights, metrics, run_ppo
+from test_ppo import final_weights, metrics, run_on_two, run_ppo
 from tiny_models import prompt_rows, save_tiny_policy, save_tiny_reward_model, tiny_tokenizer, write_rows
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
@@ -264,6 +264,24 @@ def test_the_judge_changes_no_training(paths, tmp_path):
     assert torch.equal(final_weights(tmp_path / "without"), final_weights(tmp_path / "with"))
     start = AutoModelForCausalLM.from_pretrained(paths["policy"])
     assert not torch.equal(final_weights(tmp_path / "with"), torch.cat([p.flatten() for p in start.parameters()]))
+
+
+@pytest.mark.slow
+def test_two_processes_judge_as_one_does(paths, tmp_path):
+    """Nine held-out prompts, so uneven shares; the same figures at each evaluation and the same choice."""
+    extra = with_judge(
+        paths, "--eval_prompts", "9", "--eval_steps", "1", "--adam_epsilon", "0.01", "--save_best", "true"
+    )
+    run_ppo(paths, tmp_path / "one", *extra, total=2)
+    run_on_two(paths, tmp_path / "two.py", tmp_path / "two", *extra, environment={}, total=2)
+    one, two = ([row for row in metrics(tmp_path / name) if "eval/judge_combined" in row] for name in ("one", "two"))
+    judged = {key for key in one[0] if key.startswith("eval/judge")}
+    assert len(one) == 3
+    assert len(judged) >= 9
+    for alone, shared in zip(one, two, strict=True):
+        assert {k: shared[k] for k in judged} == {k: pytest.approx(alone[k], abs=1e-5, rel=2e-5) for k in judged}
+    best = [json.loads((tmp_path / name / "summary.json").read_text())["best"] for name in ("one", "two")]
+    assert best[0]["step"] == best[1]["step"]
 
 
 def test_mistakes_about_the_judge_are_named(paths, tmp_path):
