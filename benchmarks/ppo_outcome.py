@@ -9,7 +9,8 @@ reward where the judge would have stopped it and at the end: where the second is
 over-optimised and the judge caught it.
 
 Gold is the mean true score over evaluation prompts (helpfulness, safety on risky prompts); KL is to the SFT model, in
-nats a response. A finished stage is not run again. The last line is one JSON object.
+nats a response. A finished stage is not run again. `--plot PATH.png` draws true helpfulness, the judge's and the reward
+models' score against KL. The last line is one JSON object.
 """
 
 import argparse
@@ -24,17 +25,21 @@ if __package__ in (None, ""):  # launched by path, Python puts benchmarks/ first
 
 from rlhf import cli  # noqa: E402,I001  (first: it switches off telemetry before trl is imported)
 
+import matplotlib as mpl  # noqa: E402
 import yaml  # noqa: E402
+from matplotlib.figure import Figure  # noqa: E402
 from rich.console import Console  # noqa: E402
 
 from rlhf.estimates import mean_with_interval, paired_bootstrap  # noqa: E402
 from rlhf.pipeline import ROOT, PipelineSettings, read_stages, run_stages  # noqa: E402
+from rlhf.plots import COLOURS, STYLE, to_png  # noqa: E402
 
 Row = dict[str, Any]
 SHARED = ("world", "sft", "collect", "collect_2", "reward_helpfulness", "reward_safety", "judge_helpfulness",
           "judge_safety")  # fmt: skip
 K = 8  # samples a prompt of rejection sampling
 BATCH = 128  # of PPO
+PANELS = {"helpfulness": "true helpfulness", "judge": "the judge's score", "proxy": "the reward models' score"}
 
 
 def stages_of(kl_coefs: list[float], samples: int) -> list[Row]:
@@ -108,6 +113,7 @@ def read_seed(folder: Path, kl_coefs: list[float]) -> Row:
         summary = json.loads((folder / f"evaluate_{name}" / "summary.json").read_text(encoding="utf-8"))
         mean, half = mean_with_interval(list(gold[name].values()))
         found["policies"][name] = {"gold": round(mean, 4), "half": round(half, 4),
+                                   "helpfulness": summary["gold_helpfulness"], "safety": summary["gold_safety"],
                                    "kl": round(summary.get("kl_nats", 0.0), 3)}  # fmt: skip
     for name in (*map(name_of, kl_coefs), "both"):
         points = curve(folder / name)
@@ -136,6 +142,30 @@ def tell(seed: int, found: Row) -> None:
         print(f"| {name} | {row['judge_chose']} | {cells[0]} | {cells[1]} |")
 
 
+def draw(seeds: Row, kl_coefs: list[float], path: Path) -> None:
+    """True helpfulness, the judge's and the reward models' score against KL to SFT: a line is a run of PPO alone on the
+    held-out prompts by which it is watched, a mark a policy on the evaluation's, where all ways can be compared."""
+    colours = mpl.colormaps["viridis"].resampled(len(kl_coefs)).colors
+    marks = {name_of(beta): ("o", colour, "") for beta, colour in zip(kl_coefs, colours, strict=True)}
+    marks |= {"rejection": ("s", COLOURS["ppo"], "rejection sampling"), "both": ("D", COLOURS["ppo"], "both")}
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(9.0, 3.2), layout="constrained")
+        axes = figure.subplots(1, 3)
+        for axis, (key, title) in zip(axes, PANELS.items(), strict=True):
+            for i, found in enumerate(seeds.values()):
+                for beta in kl_coefs:
+                    points = found["curves"][name_of(beta)]["points"]
+                    axis.plot([max(point["kl"], 0.0) for point in points], [point[key] for point in points],
+                              color=marks[name_of(beta)][1], lw=1.0, label="" if i else f"PPO, beta {beta:g}")  # fmt: skip
+                for name, (marker, colour, text) in marks.items() if key == "helpfulness" else ():
+                    end = found["policies"][name]
+                    axis.plot(end["kl"], end[key], marker, color=colour, ms=5, label="" if i else text)
+            axis.set_xscale("symlog", linthresh=1.0)
+            axis.set(title=title, xlabel="KL to SFT, nats a response")
+        axes[0].legend(fontsize=7)
+    to_png(figure, path)
+
+
 def main() -> None:
     """Runs what is missing, prints the tables, and one JSON object as the last line."""
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
@@ -144,6 +174,7 @@ def main() -> None:
     parser.add_argument("--kl_coefs", type=float, nargs="+", default=[0.0, 0.05, 0.15, 0.5])
     parser.add_argument("--samples", type=int, default=5632, help="responses that each way may sample")
     parser.add_argument("--parallel_stages", type=int, default=2)
+    parser.add_argument("--plot", type=Path, help="PNG to draw the curves to")
     options = parser.parse_args()
     found: Row = {}
     for seed in options.seeds:
@@ -153,6 +184,8 @@ def main() -> None:
         run_stages(read_stages(settings), options.parallel_stages, Console(highlight=False))
         found[str(seed)] = read_seed(folder, options.kl_coefs)
         tell(seed, found[str(seed)])
+    if options.plot:
+        draw(found, options.kl_coefs, options.plot)
     print(json.dumps({"samples": options.samples, "seeds": found}))
 
 
