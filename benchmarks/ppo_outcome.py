@@ -154,9 +154,9 @@ def draw(seeds: Row, kl_coefs: list[float], path: Path) -> None:
         for axis, (key, title) in zip(axes, PANELS.items(), strict=True):
             for i, found in enumerate(seeds.values()):
                 for beta in kl_coefs:
-                    points = found["curves"][name_of(beta)]["points"]
+                    points, text = found["curves"][name_of(beta)]["points"], f"PPO, beta {beta:g}"
                     axis.plot([max(point["kl"], 0.0) for point in points], [point[key] for point in points],
-                              color=marks[name_of(beta)][1], lw=1.0, label="" if i else f"PPO, beta {beta:g}")  # fmt: skip
+                              color=marks[name_of(beta)][1], lw=1.0, label="" if i else text)  # fmt: skip
                 for name, (marker, colour, text) in marks.items() if key == "helpfulness" else ():
                     end = found["policies"][name]
                     axis.plot(end["kl"], end[key], marker, color=colour, ms=5, label="" if i else text)
