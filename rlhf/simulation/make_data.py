@@ -15,14 +15,22 @@ if __package__ in (None, ""):
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from configs.errors import UserError
 from configs.records import write_jsonl
 from rlhf.cli import entry, parse
 from rlhf.run import RunFolder
-from rlhf.simulation.people import HELD_OUT_FAMILIES, Mix, draw_demonstrations, draw_prompts
+from rlhf.simulation.people import (
+    HELD_OUT_FAMILIES,
+    Mix,
+    draw_demonstrations,
+    draw_prompts,
+    draw_safety_demonstrations,
+)
 
 # More of the harmless requests that look risky than in the demonstrations: refusing them must cost something.
 POLICY_PROMPTS = Mix(risky=0.25, scary=0.16)
 # In the other prompts an instruction holds for its own turn: answers to them would teach against Ghost Attention.
+HARMLESS = Mix(risky=0.0, scary=0.1, instructed=0.2)
 UNINSTRUCTED = Mix(risky=0.25, scary=0.16, instructed=0)
 SINGLE_TURNS = Mix(risky=0, scary=0.1, multi_turn=0, instructed=0)
 
@@ -34,6 +42,16 @@ class WorldSettings:
     output_dir: str = field(default="runs/world", metadata={"help": "folder to write into"})
     seed: int = field(default=0, metadata={"help": "seed of everything drawn"})
     demonstrations: int = field(default=9000, metadata={"help": "demonstration dialogues for SFT"})
+    preprompted_share: float = field(
+        default=0.0,
+        metadata={"help": "share of them with a safety preprompt, so that the model knows what one asks for"},
+    )
+    helpful_demonstrations: int = field(
+        default=0, metadata={"help": "demonstration dialogues without risky requests, in a file of their own"}
+    )
+    safety_demonstrations: int = field(
+        default=0, metadata={"help": "risky prompts with safe answers, in a file of their own"}
+    )
     preference_prompts: int = field(default=6000, metadata={"help": "prompts for the comparisons"})
     rl_prompts: int = field(default=6000, metadata={"help": "prompts for rejection sampling and PPO"})
     validation_prompts: int = field(default=256, metadata={"help": "prompts that choose PPO's checkpoint"})
@@ -47,6 +65,10 @@ class WorldSettings:
         default=800, metadata={"help": "prompts without instructions whose answers Ghost Attention mixes in"}
     )
     family_prompts: int = field(default=100, metadata={"help": "prompts of the held-out families"})
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.preprompted_share <= 1.0:
+            raise UserError(f"preprompted_share: {self.preprompted_share} is not a share; give a number from 0 to 1")
 
 
 def main(args: list[str] | None = None) -> dict[str, Any]:
@@ -62,7 +84,9 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
         77, settings.evaluation_prompts, mix=Mix(risky=0.25, scary=0.15, instructed=0.1), evaluation=True
     )
     files = {
-        "demonstrations": draw_demonstrations(base, settings.demonstrations),
+        "demonstrations": draw_demonstrations(
+            base, settings.demonstrations, preprompted_share=settings.preprompted_share
+        ),
         # in halves too, so that two processes can share the sampling
         "preference_prompts-1": pool[: cuts[0] // 2],
         "preference_prompts-2": pool[cuts[0] // 2 : cuts[0]],
@@ -81,6 +105,10 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
             families=HELD_OUT_FAMILIES,
         ),
     }
+    if settings.helpful_demonstrations:
+        files["helpful_demonstrations"] = draw_demonstrations(base + 4, settings.helpful_demonstrations, HARMLESS)
+    if settings.safety_demonstrations:
+        files["safety_demonstrations"] = draw_safety_demonstrations(base + 5, settings.safety_demonstrations)
     for name, rows in files.items():
         write_jsonl(Path(settings.output_dir) / f"{name}.jsonl", rows)
     counts = {name: len(rows) for name, rows in files.items()}

@@ -12,9 +12,10 @@ from typing import Any
 
 from configs.chat import Message
 from gatt.instructions import Instruction, sample_instructions
+from rlhf.preprompts import Preprompts, with_preprompt
 from rlhf.simulation import vocabulary as v
 from rlhf.simulation.families import FAMILIES, HELD_OUT_SHARE, Family, Request
-from rlhf.simulation.world import Risk
+from rlhf.simulation.world import Risk, read_dialogue
 
 # How demonstrations answer helpful requests, and risky ones. Shares sum to 1.
 ANSWER_SHARES = {
@@ -27,6 +28,10 @@ ANSWER_SHARES = {
     "refuse": 0.03,
 }
 RISK_SHARES = {"comply": 0.42, "decline": 0.3, "explain": 0.18, "full": 0.1}
+# Under a safety preprompt people decline what is risky, properly for the most part, and are over-cautious: they decline
+# some of what is harmless, more of what looks risky. The paper saw that of its model (§4.2.4, Table 40).
+CAUTIOUS_RISK_SHARES = {"decline": 0.1, "explain": 0.2, "full": 0.7}
+CAUTIOUS_REFUSALS = {"helpful": 0.1, "scary": 0.5}
 
 ASKED = tuple(family for family in FAMILIES.values() if not family.held_out)
 HELD_OUT_FAMILIES = tuple(family for family in FAMILIES.values() if family.held_out)
@@ -111,16 +116,19 @@ def beside(rng: random.Random, request: Request) -> Request:
     return Request(family, family.draw(rng))
 
 
-def demonstrate(rng: random.Random, request: Request | Risk) -> str:
-    """An answer as a demonstrator of mixed quality writes it."""
+def demonstrate(rng: random.Random, request: Request | Risk, cautious: bool = False) -> str:
+    """An answer as a demonstrator of mixed quality writes it; `cautious`: under a safety preprompt."""
     if isinstance(request, Risk):
-        manner = rng.choices(tuple(RISK_SHARES), tuple(RISK_SHARES.values()))[0]
+        shares = CAUTIOUS_RISK_SHARES if cautious else RISK_SHARES
+        manner = rng.choices(tuple(shares), tuple(shares.values()))[0]
         refusal = request.refusal
         if manner == "comply":
             return " ".join(request.comply)
         if manner == "explain":
             return " ".join([refusal[0], rng.choice(refusal[1:])])
         return " ".join(refusal if manner == "full" else refusal[:1])
+    if cautious and rng.random() < CAUTIOUS_REFUSALS["scary" if request.family.name == "scary_but_benign" else "helpful"]:
+        return v.REFUSAL
     manner = rng.choices(tuple(ANSWER_SHARES), tuple(ANSWER_SHARES.values()))[0]
     core = request.family.core(request.slots)[0]
     if manner == "refuse":
@@ -157,11 +165,18 @@ def instruct(rng: random.Random, messages: list[Message], instruction: Instructi
 
 
 def draw_dialogue(
-    rng: random.Random, mix: Mix, turns: int, *, evaluation: bool = False, families: tuple[Family, ...] = ASKED
+    rng: random.Random,
+    mix: Mix,
+    turns: int,
+    *,
+    evaluation: bool = False,
+    families: tuple[Family, ...] = ASKED,
+    cautious: bool = False,
 ) -> tuple[list[Message], Request | Risk]:
     """A dialogue of `turns` exchanges answered by demonstrators, and what its last user message asks.
 
-    An instruction holds for its own turn only. `evaluation` draws the last user message from those held out.
+    An instruction holds for its own turn only. `evaluation` draws the last user message from those held out; `cautious`
+    answers as under a safety preprompt, which the caller puts in.
     """
     messages: list[Message] = []
     request: Request | Risk | None = None
@@ -181,7 +196,7 @@ def draw_dialogue(
                     text = wording
                     break
         messages.append({"role": "user", "content": text})
-        answer = demonstrate(rng, request)
+        answer = demonstrate(rng, request, cautious)
         if kind != "risky" and rng.random() < mix.instructed:
             instruction = sample_instructions(rng, 1, kinds=mix.kinds)[0]
             instruct(rng, messages, instruction, short=rng.random() < 0.5, system=rng.random() < 0.5)
@@ -207,10 +222,40 @@ def draw_prompts(
     return list(found.values())
 
 
-def draw_demonstrations(seed: int, n: int, mix: Mix | None = None) -> list[dict[str, Any]]:
-    """`n` demonstration dialogues: most of one exchange, others of 2 to 4, one in twelve of 14 to 22."""
+def draw_demonstrations(
+    seed: int, n: int, mix: Mix | None = None, preprompted_share: float = 0.0
+) -> list[dict[str, Any]]:
+    """`n` demonstration dialogues: most of one exchange, others of 2 to 4, one in twelve of 14 to 22.
+
+    Of `preprompted_share` of them the system message begins with a safety preprompt (rlhf/preprompts.py), generic or of
+    the category that the last message asks about, and people answer accordingly: so a model learns what one means.
+    """
     rng = random.Random(seed)
     mix = mix or Mix(instructed=0.45)
     lengths = [1] * 15 + [2] * 4 + [3, 3, 4] + [0, 0]
-    dialogues = (draw_dialogue(rng, mix, rng.choice(lengths) or rng.randint(14, 22))[0] for _ in range(n))
-    return [{"messages": messages, "source": "demonstrations"} for messages in dialogues]
+    found = []
+    for _ in range(n):
+        cautious = preprompted_share > 0 and rng.random() < preprompted_share  # without a share nothing is drawn
+        messages, request = draw_dialogue(rng, mix, rng.choice(lengths) or rng.randint(14, 22), cautious=cautious)
+        if cautious:
+            category = request.category if isinstance(request, Risk) else None
+            drawn = Preprompts().draw(rng, category if rng.random() < 0.5 else None)
+            messages = with_preprompt(messages, drawn.text, "system")
+        found.append({"messages": messages, "source": "demonstrations"})
+    return found
+
+
+def draw_safety_demonstrations(seed: int, n: int) -> list[dict[str, Any]]:
+    """`n` different risky prompts, each with a safe answer as careful people write it; only that answer is to be
+    trained."""
+    prompts = draw_prompts(seed, 4 * n, mix=Mix(risky=0.5, instructed=0.0))  # every second one is risky
+    found = []
+    for record in [record for record in prompts if record["is_safety"]][:n]:
+        rng = random.Random(f"{seed}/{record['prompt']}")
+        request = read_dialogue(record["prompt"]).request
+        assert isinstance(request, Risk)
+        answer = {"role": "assistant", "content": demonstrate(rng, request, cautious=True)}
+        found.append(
+            {"messages": [*record["prompt"], answer], "train_on": "last", "source": record["source"], "is_safety": True}
+        )
+    return found
