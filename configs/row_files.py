@@ -1,9 +1,10 @@
 """Rows of data files: JSON Lines (.jsonl, .json, also gzipped), Parquet, or a data set on the Hugging Face Hub."""
 
 import gzip
+import hashlib
 import json
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,18 @@ def write_jsonl(path: str | Path, rows: Iterable[dict[str, Any]]) -> None:
     data = text.encode("utf-8", errors="replace")
     # mtime=0: the same rows give the same bytes, so fingerprints of data files can be compared.
     replace_file(path, gzip.compress(data, mtime=0) if path.name.endswith(".gz") else data)
+
+
+def write_fingerprinted(folder: Path, name: str, rows: Sequence[dict[str, Any]], write: bool = True) -> str:
+    """The path of the rows as `<name>-<fingerprint>.jsonl.gz`, so that a run on other rows counts as another run.
+
+    Written where it is not there yet; `write` False, for all but one of several processes, only names it.
+    """
+    digest = hashlib.sha256("\n".join(json.dumps(row) for row in rows).encode()).hexdigest()[:12]
+    path = folder / f"{name}-{digest}.jsonl.gz"
+    if write and not path.exists():
+        write_jsonl(path, rows)
+    return str(path)
 
 
 def _json_rows(path: Path) -> Iterator[tuple[int, dict[str, Any] | BadRow]]:

@@ -16,7 +16,6 @@ Each cell keeps its model; `rm -r <output_dir>/*/model` frees the space, and the
 """
 
 import gc
-import hashlib
 import json
 import sys
 from dataclasses import asdict, dataclass
@@ -40,7 +39,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification  # noqa:
 
 from configs.chat import ChatFormat, ChatFormatError, load_chat_format  # noqa: E402
 from configs.errors import UserError  # noqa: E402
-from configs.records import write_jsonl  # noqa: E402
+from configs.row_files import write_fingerprinted  # noqa: E402
 from configs.reward_settings import RewardSettings  # noqa: E402
 from configs.scaling_settings import CellModelSettings, ScalingSettings, StudyRunSettings  # noqa: E402
 from reward.data import encode_pairs  # noqa: E402
@@ -97,12 +96,14 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
 
     run = RunFolder(output_dir, resolved, "scaling_study")
     common = asdict(reward) | asdict(model_settings) | asdict(run_settings) | AS_WRITTEN
-    test_file = _write(output_dir, "test", test_rows, state)
+    data = output_dir / "data"
+    test_file = write_fingerprinted(data, "test", test_rows, state.is_main_process)
     cells: dict[str, dict[str, Any]] = {}
     stages: list[Stage] = []
     for share in sorted(settings.data_shares):  # the small ones first: they soon show whether the settings are any good
         files = {
-            seed: _write(output_dir, f"train-{share:g}-seed{seed}", subsets[seed][share], state) for seed in subsets
+            seed: write_fingerprinted(data, f"train-{share:g}-seed{seed}", parts[share], state.is_main_process)
+            for seed, parts in subsets.items()
         }
         for model in models:
             path = _model_folder(model, output_dir, state)
@@ -226,15 +227,6 @@ def draw_subsets(rows: Rows, settings: ScalingSettings, seed: int) -> dict[float
             raise UserError(f"data_shares: {share:g} gives the same {len(part)} pairs as the share before it")
         found[share] = part
     return found
-
-
-def _write(output_dir: Path, name: str, rows: Rows, state: PartialState) -> str:
-    """The rows as a file whose name has a fingerprint: cells trained on other data count as other cells."""
-    digest = hashlib.sha256("\n".join(json.dumps(row) for row in rows).encode()).hexdigest()[:12]
-    path = output_dir / "data" / f"{name}-{digest}.jsonl.gz"
-    if state.is_main_process and not path.exists():
-        write_jsonl(path, rows)
-    return str(path)
 
 
 def _model_folder(model: StudyModel, output_dir: Path, state: PartialState) -> str:
