@@ -32,7 +32,11 @@ def write(output_dir: Path, wall_seconds: float, console: Console) -> dict[str, 
     write_atomic(output_dir / "summary.json", json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
     titles, rows = table(summary["policies"])
     page = ["# Safety context distillation with and without its gate", "", NOTE, "", "| " + " | ".join(titles) + " |"]
-    page += ["|" + "---|" * len(titles), *("| " + " | ".join(" ".join(cell) for cell in row) + " |" for row in rows), ""]
+    page += [
+        "|" + "---|" * len(titles),
+        *("| " + " | ".join(" ".join(cell) for cell in row) + " |" for row in rows),
+        "",
+    ]
     write_atomic(output_dir / "report.md", "\n".join(page))
     if not console.is_terminal:
         console.width = max(console.width, WIDTH)

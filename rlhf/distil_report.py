@@ -55,7 +55,9 @@ def dataset_card(summary: Mapping[str, Any], settings: Mapping[str, Any]) -> str
     """README.md of the data set: what the rows are, how they were made, how to train on them."""
     shown = "\n".join(f"- `{name}`: {value}" for name, value in sorted(settings.items()) if name != "weights")
     counted = "\n".join(
-        f"- {name}: {value}" for name, value in summary.items() if name not in ("safety", "gold_helpfulness", "gold_safety")
+        f"- {name}: {value}"
+        for name, value in summary.items()
+        if name not in ("safety", "gold_helpfulness", "gold_safety")
     )
     rule = (
         "kept only where the safety reward model scores it above the policy's own answer without the preprompt"

@@ -82,7 +82,7 @@ def choose_preprompt(
     category = record.get(settings.category_field)
     if category is None and settings.uncategorised == "generic":
         return wordings.draw(rng), "", ""
-    if category not in CATEGORIES:
+    if category not in tuple(CATEGORIES):  # a tuple: the field may hold anything, lists too
         reason = "no risk category" if category is None else "unknown risk category"
         return None, reason, f"'{settings.category_field}' is {category!r}, not one of {', '.join(CATEGORIES)}"
     return wordings.draw(rng, category), "", ""
@@ -185,11 +185,7 @@ class Worker:
 def candidate(row: Row, keep_unfinished: bool) -> int | None:
     """The answer under the preprompt with the highest safety score that may be trained (the first of equals); None
     where there is none."""
-    may = [
-        i
-        for i in range(1, len(row["safety"]))
-        if row["usable"][i] and (keep_unfinished or row["finished"][i])
-    ]
+    may = [i for i in range(1, len(row["safety"])) if row["usable"][i] and (keep_unfinished or row["finished"][i])]
     return max(may, key=lambda i: (row["safety"][i], -i), default=None)
 
 

@@ -114,7 +114,9 @@ def read_data(settings: SafetyScalingSettings, chat: ChatFormat) -> tuple[list[R
 def draw_subsets(rows: list[Row], shares: list[float], seed: int) -> dict[float, list[Row]]:
     """Share -> its safety rows, for one seed. UserError for a share above 0 without a row, or two of the same rows."""
     found: dict[float, list[Row]] = {}
-    for share, part in zip(sorted(shares), nested_subsets(rows, sorted(shares), by_prompt=True, seed=seed), strict=True):
+    for share, part in zip(
+        sorted(shares), nested_subsets(rows, sorted(shares), by_prompt=True, seed=seed), strict=True
+    ):
         if share > 0 and not part:
             raise UserError(f"safety_shares: {share:g} of {len(rows)} safety dialogues is none")
         if len(part) in map(len, found.values()):

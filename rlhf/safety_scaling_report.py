@@ -144,6 +144,8 @@ def figure(found: Sequence[Mapping[str, Any]], cells: Sequence[Mapping[str, Any]
             scores = np.sort(np.concatenate(mine))
             heights = np.arange(1, scores.size + 1) / scores.size
             right.step(scores, heights, where="post", color=shade, linewidth=1.3, label=f"{100 * point['share']:g} %")
-        right.set(title="Risky prompts' answers below R", xlabel="safety score R", ylabel="share", xlim=(0, 1), ylim=(0, 1))
+        right.set(
+            title="Risky prompts' answers below R", xlabel="safety score R", ylabel="share", xlim=(0, 1), ylim=(0, 1)
+        )
         right.legend(title="safety data", fontsize=8, loc="upper left")
     return drawn

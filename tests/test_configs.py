@@ -29,7 +29,7 @@ from rlhf.pipeline import Stage, read_stages
 from rlhf.round_stages import round_stages
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
-PIPELINES = ("demo", "smollm2-135m", "smollm2-135m_cpu")
+PIPELINES = ("demo", "smollm2-135m", "smollm2-135m_cpu", "distil_demo", "safety_scaling_demo")
 RUNS = sorted(path for path in CONFIGS.glob("*.yaml") if path.stem not in PIPELINES)
 LLAMA2 = [path for path in RUNS if path.name.startswith("llama2_")]
 LLAMA2_7B = [path for path in LLAMA2 if path.name.startswith("llama2_7b_")]
@@ -160,7 +160,7 @@ def test_the_models_of_every_config_load(path, tiny):
 def test_llama2_has_a_config_for_every_stage():
     stages = sorted(stage_of(path) for path in LLAMA2_7B)
     assert stages == sorted(
-        ["sft"] * 4  # supervised, on the best of K, on a larger model's, on Ghost Attention dialogues
+        ["sft"] * 5  # supervised, on the best of K, on a larger model's, on Ghost Attention dialogues, on safer answers
         + ["rounds"]
         + ["train_reward"] * 4  # helpfulness and safety, and the same for the held-out judge
         + [
@@ -169,6 +169,7 @@ def test_llama2_has_a_config_for_every_stage():
             "rejection_sampling",
             "ppo",
             "ppo",  # on a 24 GB GPU
+            "distil_safety",
             "build_gatt",
             "evaluate_gatt",
             "evaluate_policy",
@@ -213,7 +214,7 @@ def test_llama2_configs_hand_over_to_each_other():
 
 
 ADAMW = {"adam_beta1": 0.9, "adam_beta2": 0.95, "adam_epsilon": 1e-5, "weight_decay": 0.1, "max_grad_norm": 1.0}
-PAPER = {  # §2.2 (AdamW), §3.1, §3.2.2, §3.2.3, §3.3
+PAPER = {  # §2.2 (AdamW), §3.1, §3.2.2, §3.2.3, §3.3, §4.2.4
     "sft": {"learning_rate": 2e-5, "lr_scheduler_type": "cosine", "num_train_epochs": 2, "max_length": 4096,
             "packing": True, "use_peft": True, **ADAMW},
     "train_reward": {"min_lr_rate": 0.1, "warmup_ratio": 0.03, "min_warmup_steps": 5,
@@ -225,6 +226,7 @@ PAPER = {  # §2.2 (AdamW), §3.1, §3.2.2, §3.2.3, §3.3
     "explore_sampling": {"temperatures": [0.6, 0.8, 0.9, 1.0, 1.1, 1.2, 1.3, 1.4, 1.5], "samples_per_prompt": 100,
                          "safety_threshold": 0.15},
     "collect_preferences": {"annotator": "none"},
+    "distil_safety": {"gate": True, "include_helpful": False, "samples_per_prompt": 1},
     "build_gatt": {"short_share": 0.5},
     "evaluate_gatt": {"num_turns": 20},
     "evaluate_policy": {"gold": "none"},
@@ -297,6 +299,30 @@ def test_the_scaling_study_trains_as_the_demo_does(demo):
     # All prompts, as in the results: the demo keeps half of them for its judge, and goes through the rest three times.
     own = ("model_name_or_path", "output_dir", "seed", "prompt_half", "num_train_epochs")
     assert {name: study[name] for name in stage if name not in own} == {k: v for k, v in stage.items() if k not in own}
+
+
+@pytest.mark.parametrize("name", ["distil_demo", "safety_scaling_demo"])
+def test_the_safety_studies_train_as_the_demo_does(name, demo):
+    """Their settings repeat the demo's, but for the model, the data, how long, and the step of a second fine-tuning."""
+    own = ("model_name_or_path", "train_files", "output_dir", "seed", "num_train_epochs", "learning_rate")
+    same = {k: v for k, v in next(s.settings for s in demo if s.name == "sft").items() if k not in own}
+    stages = pipeline(name)
+    trained = [s.settings for s in stages if s.run == "sft"] + [
+        s.settings["sft"] for s in stages if s.name == "scaling"
+    ]
+    assert len(trained) in (1, 5)
+    for settings in trained:
+        assert {k: settings[k] for k in same} == same
+
+
+def test_the_distillations_of_the_demo_differ_in_gate_and_prompts_alone():
+    stages = {stage.name: stage.settings for stage in pipeline("distil_demo") if stage.run == "distil_safety"}
+    assert {name: (s.get("gate", True), s.get("include_helpful", False)) for name, s in stages.items()} == {
+        "distil_gated": (True, False), "distil_ungated": (False, False),
+        "distil_gated_all": (True, True), "distil_ungated_all": (False, True),
+    }  # fmt: skip
+    rest = [{k: v for k, v in s.items() if k not in ("gate", "include_helpful", "output_dir")} for s in stages.values()]
+    assert rest == [rest[0]] * 4
 
 
 def test_the_rounds_of_the_demo_train_as_the_demo_does(demo, tmp_path):

@@ -1,5 +1,6 @@
 """The simulated world: gold scores worked out by hand, adversarial responses, held-out values, annotator statistics."""
 
+import hashlib
 import json
 import math
 import random
@@ -9,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from configs.errors import UserError
 from configs.records import RATINGS
 from gatt.instructions import (
     FIGURES,
@@ -21,6 +23,7 @@ from gatt.instructions import (
     values_of,
     words,
 )
+from rlhf.preprompts import GENERIC, TARGETED
 from rlhf.simulation import vocabulary as v
 from rlhf.simulation.annotator import annotate, choice_and_rating
 from rlhf.simulation.corpus import documents
@@ -31,8 +34,11 @@ from rlhf.simulation.people import (
     TAUGHT_KINDS,
     Mix,
     decorate,
+    demonstrate,
     draw_demonstrations,
     draw_prompts,
+    draw_request,
+    draw_safety_demonstrations,
     good_answer,
     risk_for_evaluation,
     text_for_evaluation,
@@ -239,6 +245,57 @@ def test_evaluation_prompts_do_not_depend_on_the_seed(tmp_path, world_files):
     for name in HELD_OUT:
         rows = [json.loads(line)["prompt"] for line in (tmp_path / f"{name}.jsonl").open()]
         assert rows == world_files[name]
+
+
+def test_people_are_over_cautious_under_a_safety_preprompt():
+    """By hand from the shares: risky requests are always declined, one in two scary ones, one in ten of the others."""
+    declined: dict[str, list[bool]] = {"risky": [], "scary": [], "helpful": []}
+    rng = random.Random(0)
+    for _ in range(2000):
+        request = draw_request(rng, rng.choice(tuple(declined)), evaluation=False)
+        kind = "risky" if isinstance(request, Risk) else "scary"
+        if isinstance(request, Request) and request.family.name != "scary_but_benign":
+            kind = "helpful"
+        declined[kind].append(is_refusal(demonstrate(rng, request, cautious=True)))
+    assert all(declined["risky"])
+    # beside it 3 % of the ordinary demonstrations decline: 0.5 + 0.5 * 0.03, 0.1 + 0.9 * 0.03
+    assert sum(declined["scary"]) / len(declined["scary"]) == pytest.approx(0.515, abs=0.06)
+    assert sum(declined["helpful"]) / len(declined["helpful"]) == pytest.approx(0.127, abs=0.05)
+
+
+def test_a_share_of_the_demonstrations_begins_with_a_safety_preprompt():
+    rows = draw_demonstrations(3, 800, preprompted_share=0.25)
+    texts = {text.split("{")[0] for text in GENERIC} | {text for texts in TARGETED.values() for text in texts}
+    with_one = [row["messages"] for row in rows if row["messages"][0]["content"].startswith(tuple(texts))]
+    assert len(with_one) / 800 == pytest.approx(0.25, abs=0.05)
+    assert all(messages[0]["role"] == "system" for messages in with_one)
+    targeted = [m for m in with_one if m[0]["content"].startswith("The next message")]
+    assert targeted
+    for messages in targeted:  # of the category that the last message asks about, and declined
+        request = read_dialogue(messages[1:-1]).request
+        assert isinstance(request, Risk)
+        assert messages[0]["content"].startswith(TARGETED[request.category])
+        assert is_refusal(messages[-1]["content"])
+    # Without a share the demo's demonstrations are what they were before there were preprompts.
+    digest = hashlib.sha256(json.dumps(draw_demonstrations(3, 60)).encode()).hexdigest()
+    assert digest.startswith("b637f84607e7d2b7")
+
+
+def test_safety_demonstrations_are_safe_and_files_of_their_own(tmp_path):
+    rows = draw_safety_demonstrations(3, 120)
+    assert len({str(row["messages"][:-1]) for row in rows}) == 120
+    assert {row["train_on"] for row in rows} == {"last"}
+    assert {row["source"] for row in rows} == set(v.RISKS)
+    assert all(gold_safety(row["messages"][:-1], row["messages"][-1]["content"]) >= 0.7 for row in rows)
+    none = ("--preference_prompts", "0", "--rl_prompts", "0", "--validation_prompts", "0", "--evaluation_prompts", "0",
+            "--gatt_prompts", "0", "--replay_prompts", "0", "--family_prompts", "0", "--demonstrations", "0")  # fmt: skip
+    counts = make_data(["--output_dir", str(tmp_path), *none, "--helpful_demonstrations", "30",
+                        "--safety_demonstrations", "20"])  # fmt: skip
+    assert (counts["helpful_demonstrations"], counts["safety_demonstrations"]) == (30, 20)
+    helpful = [json.loads(line)["messages"] for line in (tmp_path / "helpful_demonstrations.jsonl").open()]
+    assert not any(isinstance(read_dialogue(m[:i]).request, Risk) for m in helpful for i in range(1, len(m)))
+    with pytest.raises(UserError, match="preprompted_share: 1.5 is not a share"):
+        make_data(["--output_dir", str(tmp_path), "--preprompted_share", "1.5"])
 
 
 def test_people_give_the_kinds_of_instructions_that_the_world_teaches(world_files):

@@ -127,7 +127,10 @@ def demonstrate(rng: random.Random, request: Request | Risk, cautious: bool = Fa
         if manner == "explain":
             return " ".join([refusal[0], rng.choice(refusal[1:])])
         return " ".join(refusal if manner == "full" else refusal[:1])
-    if cautious and rng.random() < CAUTIOUS_REFUSALS["scary" if request.family.name == "scary_but_benign" else "helpful"]:
+    if (
+        cautious
+        and rng.random() < CAUTIOUS_REFUSALS["scary" if request.family.name == "scary_but_benign" else "helpful"]
+    ):
         return v.REFUSAL
     manner = rng.choices(tuple(ANSWER_SHARES), tuple(ANSWER_SHARES.values()))[0]
     core = request.family.core(request.slots)[0]
