@@ -16,12 +16,17 @@ from rich.table import Table
 from rlhf.report import WIDTH
 from rlhf.run import write_atomic
 
-FIGURES = {"unsafe_rate": "unsafe", "false_refusal_rate": "false refusals", "gold_helpfulness": "helpfulness",
-           "kl_nats": "KL, nats"}  # fmt: skip
+FIGURES = {
+    "unsafe_rate": "unsafe",
+    "false_refusal_rate": "false refusals",
+    "gold_helpfulness": "helpfulness",
+    "kl_nats": "KL, nats",
+}
 NOTE = (
-    "Each policy is the one before, fine-tuned on what was distilled and on the same ordinary dialogues. unsafe: share of "
-    "risky requests answered unsafely; false refusals: share of harmless requests that look risky and were declined; "
-    "helpful: how many of the kept answers are to harmless requests; helpfulness: the true score over the harmless requests; KL to the policy before. 95 % intervals over the prompts."
+    "Each policy is the one before, fine-tuned on what was distilled and on the same ordinary dialogues. helpful: how "
+    "many of the kept answers are to harmless requests; unsafe: share of risky requests answered unsafely; false "
+    "refusals: share of harmless requests that look risky and were declined; helpfulness: the true score over the "
+    "harmless requests; KL to the policy before. 95 % intervals over the prompts."
 )
 START = "start"
 

@@ -54,11 +54,8 @@ def _mean(values: Sequence[float]) -> float:
 def dataset_card(summary: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
     """README.md of the data set: what the rows are, how they were made, how to train on them."""
     shown = "\n".join(f"- `{name}`: {value}" for name, value in sorted(settings.items()) if name != "weights")
-    counted = "\n".join(
-        f"- {name}: {value}"
-        for name, value in summary.items()
-        if name not in ("safety", "gold_helpfulness", "gold_safety")
-    )
+    measured = ("safety", "gold_helpfulness", "gold_safety")
+    counted = "\n".join(f"- {name}: {value}" for name, value in summary.items() if name not in measured)
     rule = (
         "kept only where the safety reward model scores it above the policy's own answer without the preprompt"
         if settings["gate"]
@@ -85,8 +82,8 @@ Train it together with ordinary dialogues: by itself it teaches to decline.
 
 ## Measured
 
-Safety scores R by `{settings["safety_model_path"]}`, on the prompts without the preprompt. `after`: the kept answers, and the
-originals where none was kept.
+Safety scores R by `{settings["safety_model_path"]}`, on the prompts without the preprompt. `after`: the kept answers,
+and the originals where none was kept.
 
 | answers | number | mean | 5 % quantile | median | below {summary["safety"]["after"]["tail"]["below"]:g} |
 |---|---|---|---|---|---|

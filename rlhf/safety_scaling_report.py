@@ -19,14 +19,14 @@ from rlhf.score_tail import QUANTILES, sigmoid
 # Figures of evaluate_policy's summary that stand beside the scores, where the world gives true ones.
 TRUE = {"unsafe_rate": "unsafe", "false_refusal_rate": "false refusals", "gold_helpfulness": "true helpful"}
 NOTE = (
-    "Mean scores R by reward models that nothing here was trained against, with 95 % intervals over the prompts; safety "
-    "on the risky prompts, helpfulness on the others. The tail is the share of risky prompts' answers below the "
+    "Mean scores R by reward models that nothing here was trained against, with 95 % intervals over the prompts; "
+    "safety on the risky prompts, helpfulness on the others. The tail is the share of risky prompts' answers below the "
     "threshold. With several seeds: their mean, and after ± the standard deviation over the trainings."
 )
 
 
 def score_matrix(rows: Sequence[Mapping[str, Any]], name: str) -> np.ndarray:
-    """R [prompts, samples] by the reward model `name`: safety on the prompts with is_safety, helpfulness on the others."""
+    """R [prompts, samples] by the reward model `name`: safety where a prompt has is_safety, helpfulness elsewhere."""
     mine = [row for row in rows if bool(row["is_safety"]) == (name == "safety")]
     return sigmoid([row[f"reward_{name}"] for row in mine])
 
@@ -114,8 +114,8 @@ def markdown(summary: Mapping[str, Any]) -> str:
     """The page report.md; the plot is safety_scaling.png beside it."""
     titles, rows = table(summary["points"])
     counted = (
-        f"{summary['helpful_rows']} helpful dialogues in every training, and a share of {summary['safety_rows']} safety "
-        f"dialogues; {summary['left_out_as_held_out']} that answer held-out prompts were left out."
+        f"{summary['helpful_rows']} helpful dialogues in every training, and a share of {summary['safety_rows']} "
+        f"safety dialogues; {summary['left_out_as_held_out']} that answer held-out prompts were left out."
     )
     lines = ["# Safety and helpfulness by share of the safety data", "", "![scores](safety_scaling.png)", "", counted]
     lines += ["", NOTE, "", "| " + " | ".join(titles) + " |", "|" + "---|" * len(titles)]
@@ -124,8 +124,8 @@ def markdown(summary: Mapping[str, Any]) -> str:
 
 
 def figure(found: Sequence[Mapping[str, Any]], cells: Sequence[Mapping[str, Any]]) -> Figure:
-    """Left: both mean scores over the share, 95 % intervals. Right: the part of the risky prompts' answers below each R,
-    a line a share, all seeds together: the tail is where it rises at the left."""
+    """Left: both mean scores by share, with intervals. Right: the part of the risky prompts' answers below each R, a line a
+    share, all seeds together: the tail is where it rises at the left."""
     with mpl.rc_context(STYLE):
         drawn = Figure(figsize=(9, 3.8), layout="constrained")
         left, right = drawn.subplots(1, 2)

@@ -21,8 +21,10 @@ def sigmoid(raw: Sequence[float]) -> np.ndarray:
 
 
 def distribution(raw: Sequence[float], below: float = TAIL_BELOW) -> dict[str, Any]:
-    """Of raw scores: {"answers", "mean", "ci95", "quantiles": {"0.01": ...}, "tail": {"below", "share", "ci95"}}, all of
-    R; means and shares with 95 % intervals (normal, and Wilson's). Values are None where there are no scores."""
+    """Of raw scores: {"answers", "mean", "ci95", "quantiles": {"0.01": ...}, "tail": {"below", "share", "ci95"}}.
+
+    All of R; means and shares with 95 % intervals (normal, and Wilson's). Values are None where there are no scores.
+    """
     scores = sigmoid(raw)
     if scores.size == 0:
         none = {f"{q:g}": None for q in QUANTILES}

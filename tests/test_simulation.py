@@ -269,7 +269,7 @@ def test_a_share_of_the_demonstrations_begins_with_a_safety_preprompt():
     with_one = [row["messages"] for row in rows if row["messages"][0]["content"].startswith(tuple(texts))]
     assert len(with_one) / 800 == pytest.approx(0.25, abs=0.05)
     assert all(messages[0]["role"] == "system" for messages in with_one)
-    targeted = [m for m in with_one if m[0]["content"].startswith("The next message")]
+    targeted = [m for m in with_one if m[0]["content"].startswith("You may be asked")]
     assert targeted
     for messages in targeted:  # of the category that the last message asks about, and declined
         request = read_dialogue(messages[1:-1]).request
@@ -287,8 +287,9 @@ def test_safety_demonstrations_are_safe_and_files_of_their_own(tmp_path):
     assert {row["train_on"] for row in rows} == {"last"}
     assert {row["source"] for row in rows} == set(v.RISKS)
     assert all(gold_safety(row["messages"][:-1], row["messages"][-1]["content"]) >= 0.7 for row in rows)
-    none = ("--preference_prompts", "0", "--rl_prompts", "0", "--validation_prompts", "0", "--evaluation_prompts", "0",
-            "--gatt_prompts", "0", "--replay_prompts", "0", "--family_prompts", "0", "--demonstrations", "0")  # fmt: skip
+    others = ("preference_prompts", "rl_prompts", "validation_prompts", "evaluation_prompts", "gatt_prompts",
+              "replay_prompts", "family_prompts", "demonstrations")  # fmt: skip
+    none = [word for name in others for word in (f"--{name}", "0")]
     counts = make_data(["--output_dir", str(tmp_path), *none, "--helpful_demonstrations", "30",
                         "--safety_demonstrations", "20"])  # fmt: skip
     assert (counts["helpful_demonstrations"], counts["safety_demonstrations"]) == (30, 20)
