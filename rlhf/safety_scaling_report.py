@@ -124,8 +124,10 @@ def markdown(summary: Mapping[str, Any]) -> str:
 
 
 def figure(found: Sequence[Mapping[str, Any]], cells: Sequence[Mapping[str, Any]]) -> Figure:
-    """Left: both mean scores by share, with intervals. Right: the part of the risky prompts' answers below each R, a line a
-    share, all seeds together: the tail is where it rises at the left."""
+    """Left: both mean scores by share, with intervals. Right: the part of the risky prompts' answers below each R.
+
+    Right, a line is a share, all seeds together: the tail is where it rises at the left.
+    """
     with mpl.rc_context(STYLE):
         drawn = Figure(figsize=(9, 3.8), layout="constrained")
         left, right = drawn.subplots(1, 2)

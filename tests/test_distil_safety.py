@@ -198,6 +198,7 @@ def arguments(tmp_path_factory) -> dict[str, str]:
         "preprompt_kind": "targeted",
         "samples_per_prompt": "2",
         "max_new_tokens": "12",
+        "keep_unfinished": "true",
         "prompts_per_shard": "4",
         "use_cpu": "true",
     }
@@ -234,7 +235,7 @@ def test_answers_are_scored_and_trained_without_the_preprompt(arguments, finishe
             with torch.no_grad():
                 scores.append(float(model(torch.tensor([chat.encode_prompt(row["prompt"]) + ids])).logits))
         assert row["safety"] == pytest.approx(scores, abs=1e-4)
-        may = [i for i in (1, 2) if row["finished"][i] and row["usable"][i]]
+        may = [i for i in (1, 2) if row["usable"][i]]
         best = max(may, key=lambda i: row["safety"][i], default=None)
         if best is not None and scores[best] > scores[0]:
             expected.append([*row["prompt"], {"role": "assistant", "content": row["responses"][best]}])
@@ -308,7 +309,7 @@ def test_a_killed_run_continues_and_another_gate_samples_nothing(arguments, fini
 
 
 def test_helpful_prompts_are_distilled_only_where_that_is_measured(arguments, tmp_path):
-    summary = run(arguments, tmp_path, gate="false", include_helpful="true", keep_unfinished="true")
+    summary = run(arguments, tmp_path, gate="false", include_helpful="true")
     assert summary["left_out"] == {"unknown risk category": 2}
     assert summary["kept_helpful"] == 2
     assert [row["preprompt"] for row in rows_of(tmp_path / "distilled.jsonl") if not row["is_safety"]] == [
