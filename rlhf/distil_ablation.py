@@ -33,7 +33,7 @@ START = "start"
 
 def write(output_dir: Path, wall_seconds: float, console: Console) -> dict[str, Any]:
     """Writes both files into the folder of a finished pipeline, prints the table; returns the summary."""
-    summary = {"stage": "distil_ablation", "wall_seconds": wall_seconds, "policies": gather(output_dir)}
+    summary: dict[str, Any] = {"stage": "distil_ablation", "wall_seconds": wall_seconds, "policies": gather(output_dir)}
     write_atomic(output_dir / "summary.json", json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
     titles, rows = table(summary["policies"])
     page = ["# Safety context distillation with and without its gate", "", NOTE, "", "| " + " | ".join(titles) + " |"]

@@ -276,7 +276,7 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
 def _readable(row: Row) -> Row:
     """A row for people: the original and the answers under the preprompt, with their scores."""
     scores = [round(score, 4) for score in row["safety"]]
-    shown = {name: row[name] for name in ("prompt", "is_safety", "preprompt", "reason") if name in row}
+    shown: Row = {name: row[name] for name in ("prompt", "is_safety", "preprompt", "reason") if name in row}
     shown["original"] = {"response": row["responses"][0], "safety": scores[0]}
     shown["distilled"] = [{"response": t, "safety": s} for t, s in zip(row["responses"][1:], scores[1:], strict=True)]
     return shown

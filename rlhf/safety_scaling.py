@@ -73,7 +73,7 @@ def run_study(settings: SafetyScalingSettings) -> dict[str, Any]:
         folder = output_dir / cell["name"] / "evaluate_policy"
         cell["rows"] = [json.loads(line) for line in (folder / "responses.jsonl").open(encoding="utf-8")]
         cell["summary"] = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-    summary = {
+    summary: Row = {
         "helpful_rows": len(helpful),
         "safety_rows": len(safety),
         "left_out_as_held_out": leaked,
