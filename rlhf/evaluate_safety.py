@@ -22,6 +22,7 @@ if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # launched by path, Python puts rlhf/ first
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -57,6 +58,18 @@ WIDTH = 140  # columns where there is no terminal to ask
 JUDGED_BY = ("violation_by", "safety_model_path", "safety_threshold")
 
 
+Judge = Callable[[list[Row]], None]  # adds `violation` to the rows of risky prompts
+
+
+def check_risky(settings: EvaluateSafetySettings, rows: list[Row]) -> None:
+    """UserError where there is a judge and no risky prompt to judge."""
+    if settings.violation_by != "none" and not any(row["part"] == "risky" for row in rows):
+        raise UserError(
+            f"violation_by: {settings.violation_by}, but no prompt is risky: none has is_safety, risk_category or "
+            "attack_vector; tag them, or set violation_by to none"
+        )
+
+
 def respond(settings: EvaluateSafetySettings, device: str) -> list[Row]:
     """Samples the policy on the prompts of all files; rows not judged yet."""
     tokenizer = load_tokenizer(settings.model_name_or_path)
@@ -71,11 +84,12 @@ def respond(settings: EvaluateSafetySettings, device: str) -> list[Row]:
         max_prompt_tokens=prompt_room(policy, settings.max_new_tokens, settings.max_prompt_tokens),
         max_reject_share=settings.max_reject_share,
     )
-    records += xstest
+    rows = [safety_rows.unanswered(record, settings.violation_by == "simulated") for record in [*records, *xstest]]
+    check_risky(settings, rows)
     k = settings.samples_per_prompt
     batch = sample(
         policy,
-        [chat.encode_prompt(record["prompt"]) for record in records],
+        [chat.encode_prompt(row["prompt"]) for row in rows],
         k,
         settings.sampling,
         stop_ids=chat.stop_ids,
@@ -84,38 +98,31 @@ def respond(settings: EvaluateSafetySettings, device: str) -> list[Row]:
         progress=True,
     )
     texts = [chat.decode_response(ids) for ids in batch.response_ids]
-    simulated = settings.violation_by == "simulated"
-    rows = [safety_rows.answered(r, texts[i * k : (i + 1) * k], simulated) for i, r in enumerate(records)]
+    rows = [safety_rows.answered(row, texts[i * k : (i + 1) * k]) for i, row in enumerate(rows)]
     for i, row in enumerate(rows):
         row["finished"] = [reason == "stop" for reason in batch.finish_reasons[i * k : (i + 1) * k]]
     return rows
 
 
-def judge(settings: EvaluateSafetySettings, rows: list[Row], device: str) -> None:
-    """Adds `violation` to the rows of risky prompts. UserError where there are none to judge."""
-    if settings.violation_by == "none":
-        return
-    if not any(row["part"] == "risky" for row in rows):
-        raise UserError(
-            f"violation_by: {settings.violation_by}, but no prompt is risky: none has is_safety, risk_category or "
-            "attack_vector; tag them, or set violation_by to none"
-        )
+def load_judge(settings: EvaluateSafetySettings, device: str) -> Judge:
+    """What `violation_by` names, loaded."""
     if settings.violation_by == "simulated":
-        safety_rows.judge_by_world(rows)
-    elif settings.violation_by == "ratings":
-        safety_rows.judge_by_ratings(rows)
-    else:
-        path = settings.safety_model_path
-        model_settings = ModelSettings(model_name_or_path=path, dtype=settings.dtype)
-        model = load_reward_model(path, resolve_dtype(model_settings, trainable=False)).to(device)
-        chat = load_chat_format(load_tokenizer(path), settings.chat_format)
+        return safety_rows.judge_by_world
+    if settings.violation_by == "ratings":
+        return safety_rows.judge_by_ratings
+    if settings.violation_by == "none":
+        return lambda rows: None
+    path = settings.safety_model_path
+    chat = load_chat_format(load_tokenizer(path), settings.chat_format)
+    model_settings = ModelSettings(model_name_or_path=path, dtype=settings.dtype)
+    model = load_reward_model(path, resolve_dtype(model_settings, trainable=False)).to(device)
 
-        def score(dialogues: list[list[int]]) -> list[float]:
-            starts = tqdm(range(0, len(dialogues), SCORED_AT_ONCE), desc="safety scores", unit="batch")
-            return [r for i in starts for r in score_ids(model, dialogues[i : i + SCORED_AT_ONCE]).tolist()]
+    def score(dialogues: list[list[int]]) -> list[float]:
+        starts = tqdm(range(0, len(dialogues), SCORED_AT_ONCE), desc="safety scores", unit="batch")
+        return [r for i in starts for r in score_ids(model, dialogues[i : i + SCORED_AT_ONCE]).tolist()]
 
-        threshold = settings.safety_threshold
-        safety_rows.judge_by_scores(rows, chat, score, math.log(threshold / (1 - threshold)))
+    below = math.log(settings.safety_threshold / (1 - settings.safety_threshold))  # of the raw score r, R = sigmoid(r)
+    return lambda rows: safety_rows.judge_by_scores(rows, chat, score, below)
 
 
 def raters(rows: list[Row]) -> dict[str, Any]:
@@ -147,19 +154,21 @@ def read_before(settings: EvaluateSafetySettings) -> list[Row]:
     return [row for row in rows if not isinstance(row, BadRow)]
 
 
-def detector(settings: EvaluateSafetySettings, rows: list[Row]) -> dict[str, Any]:
-    """The refusal detector against the labelled answers, with the lines it gets wrong, and in the simulated world
-    against the world's own rule."""
+def detector(labelled: Sequence[tuple[str, int, str, bool]], rows: list[Row], simulated: bool) -> dict[str, Any]:
+    """The refusal detector against labelled answers, with the lines it gets wrong, and in the simulated world against
+    the world's own rule."""
     found: dict[str, Any] = {}
-    if settings.refusal_labels_files:
-        labelled = safety_rows.read_refusal_labels(settings.refusal_labels_files)
+    if labelled:
         kinds = [refusal_kind(text) for _, _, text, _ in labelled]
-        wrong = [(f"{file}:{line}", label) for (file, line, _, label), kind in zip(labelled, kinds, strict=True)
-                 if (kind in REFUSED) != label]  # fmt: skip
-        found["labels"] = measure(kinds, [label for *_, label in labelled])
-        found["labels"] |= {"missed": [place for place, label in wrong if label],
-                            "false_alarms": [place for place, label in wrong if not label]}  # fmt: skip
-    if settings.violation_by == "simulated":
+        labels = [label for *_, label in labelled]
+        wrong = [i for i, kind in enumerate(kinds) if (kind in REFUSED) != labels[i]]
+        places = {i: f"{labelled[i][0]}:{labelled[i][1]}" for i in wrong}
+        found["labels"] = {
+            **measure(kinds, labels),
+            "missed": [places[i] for i in wrong if labels[i]],
+            "false_alarms": [places[i] for i in wrong if not labels[i]],
+        }
+    if simulated:
         kinds = [kind for row in rows for kind in row["refusal"]]
         found["simulated world"] = measure(kinds, [is_refusal(text) for row in rows for text in row["responses"]])
     return found
@@ -187,24 +196,24 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
     resolved = {**asdict(settings), "data": data_fingerprints(files, before_file, log)}
     if completed := RunFolder.completed(settings.output_dir, resolved):
         return completed
-    # All that can be wrong with the data is said before a model is loaded.
-    attempts = read_log(settings.red_team_log) if settings.red_team_log else []
-    before = read_before(settings) if settings.before_dir else []
-    summary: dict[str, Any] = {
-        "violation_by": settings.violation_by,
-        "min_crossed_prompts": settings.min_crossed_prompts,
-    }
-    if attempts:
-        summary["red_team"] = red_team(attempts, settings.releases)
-    device = "cuda" if torch.cuda.is_available() and not settings.use_cpu else "cpu"
+    # What can be wrong with the files is said before a model is loaded.
     simulated = settings.violation_by == "simulated"
+    summary: dict[str, Any] = {"violation_by": settings.violation_by}
+    if settings.red_team_log:
+        summary["red_team"] = red_team(read_log(settings.red_team_log), settings.releases)
+    labelled = safety_rows.read_refusal_labels(settings.refusal_labels_files)
+    before = read_before(settings) if settings.before_dir else []
+    rows: list[Row] = []
+    if settings.responses_files:
+        records = safety_rows.read_responses(settings.responses_files)
+        rows = [safety_rows.answered(safety_rows.unanswered(r, simulated), r["responses"]) for r in records]
+        check_risky(settings, rows)
+    device = "cuda" if torch.cuda.is_available() and not settings.use_cpu else "cpu"
+    judge = load_judge(settings, device)
     if settings.model_name_or_path:
         rows = respond(settings, device)
-    else:
-        records = safety_rows.read_responses(settings.responses_files)
-        rows = [safety_rows.answered(record, record["responses"], simulated) for record in records]
-    judge(settings, rows, device)
-    if found := detector(settings, rows):
+    judge(rows)
+    if found := detector(labelled, rows, simulated):
         summary["detector"] = found
     if rows:
         summary |= {"prompts": len(rows), "responses": sum(len(row["responses"]) for row in rows)}
@@ -213,6 +222,7 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
         summary["refusals"] = figures.refusals(rows)
         if settings.violation_by != "none":
             summary["violations"] = figures.violations(rows, settings.min_crossed_prompts)
+            summary["min_crossed_prompts"] = settings.min_crossed_prompts
         if settings.violation_by == "ratings":
             summary["raters"] = raters(rows)
     if before:

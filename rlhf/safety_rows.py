@@ -77,8 +77,8 @@ def read_refusal_labels(files: Sequence[str]) -> list[tuple[str, int, str, bool]
     return found
 
 
-def answered(record: Mapping[str, Any], responses: Sequence[str], simulated: bool) -> Row:
-    """The row of a prompt and its responses, not judged yet.
+def unanswered(record: Mapping[str, Any], simulated: bool) -> Row:
+    """The row of a prompt, without responses, and what `part` of the evaluation it belongs to.
 
     `simulated` takes from the simulated world what its prompts do not say: the category of a risky request, and that
     its benign requests with a frightening word (kind "scary") are what XSTest's safe half is.
@@ -94,9 +94,13 @@ def answered(record: Mapping[str, Any], responses: Sequence[str], simulated: boo
         row["part"] = "xstest"
     else:
         row["part"] = "risky" if row["is_safety"] or any(row.get(name) for name in LABELS) else "helpful"
-    row |= {"responses": list(responses), "refusal": [refusal_kind(text) for text in responses]}
-    row["violation"] = [None] * len(responses)
     return row
+
+
+def answered(row: Row, responses: Sequence[str]) -> Row:
+    """The row with its responses and the kind of each, not judged yet."""
+    kinds = [refusal_kind(text) for text in responses]
+    return {**row, "responses": list(responses), "refusal": kinds, "violation": [None] * len(kinds)}
 
 
 def judge_by_world(rows: Sequence[Row]) -> None:

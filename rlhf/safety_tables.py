@@ -10,8 +10,8 @@ from rlhf.reward_tables import NONE, Cell, ResultTable
 Summary = Mapping[str, Any]
 WORDS = {**RISK_CATEGORIES, **ATTACK_VECTORS, "single_turn": "single turn", "multi_turn": "multi-turn"}
 PARTS = {
-    "xstest_safe": "XSTest, safe",
-    "xstest_unsafe": "XSTest, unsafe",
+    "xstest_safe": "safe, look unsafe (XSTest)",
+    "xstest_unsafe": "unsafe (XSTest)",
     "helpful": "other prompts",
     "risky": "risky prompts",
 }
