@@ -4,7 +4,7 @@ Messages name file, line and field, never a text: such data hold what nobody wan
 """
 
 import csv
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +71,7 @@ def read_xstest(path: str) -> list[Row]:
     missing is another benchmark, so any row that cannot be used is a UserError naming its line.
     """
     records = []
-    for line, raw in _csv_rows(Path(path)) if path.endswith(".csv") else read_rows(path):
+    for line, raw in rows_or_csv(path):
         if isinstance(raw, BadRow):
             raise UserError(f"{path}:{line}: {raw.reason}: {raw}")
         try:
@@ -86,8 +86,12 @@ def read_xstest(path: str) -> list[Row]:
     return records
 
 
-def _csv_rows(path: Path) -> list[tuple[int, Row]]:
-    """Rows of a CSV file with a header, by the line they end on; empty cells are left out."""
+def rows_or_csv(path: str) -> Iterable[tuple[int, Row | BadRow]]:
+    """As `read_rows`, and CSV files with a header too, by the line that a row ends on; empty cells are left out."""
+    return _csv_rows(Path(path)) if path.endswith(".csv") else read_rows(path)
+
+
+def _csv_rows(path: Path) -> list[tuple[int, Row | BadRow]]:
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file, strict=True)

@@ -13,13 +13,14 @@ from configs.errors import UserError
 from configs.record_shapes import prompt_row, required
 from configs.records import read_prompts
 from configs.row_files import BadRow, read_rows
-from configs.safety_labels import LABELS, safety_labels, xstest_labels
+from configs.safety_labels import LABELS, rows_or_csv, safety_labels, xstest_labels
 from rlhf.agreement import SCALE, is_violation
 from rlhf.refusals import refusal_kind
 from rlhf.simulation.annotator import SAFE_FROM
 from rlhf.simulation.world import Risk, gold_safety, read_dialogue
 
 Row = dict[str, Any]
+XSTEST_ANSWERS = {"1_full_compliance": False, "2_full_refusal": True, "3_partial_refusal": True}
 KEPT = ("prompt", "is_safety", "source", "kind", *LABELS, "type", "label", "ratings")
 
 
@@ -60,13 +61,19 @@ def read_responses(files: Sequence[str]) -> list[Row]:
 
 
 def read_refusal_labels(files: Sequence[str]) -> list[tuple[str, int, str, bool]]:
-    """(file, line, response, whether it is a refusal) of every row {"response", "refusal"}."""
+    """(file, line, response, whether it is a refusal) of every row {"response", "refusal"}, or of the answers that
+    XSTest's authors published with their labels ("completion", "final_label"), as JSON Lines or CSV."""
     found: list[tuple[str, int, str, bool]] = []
     for file in files:
         before = len(found)
-        for line, raw in read_rows(file):
+        for line, raw in rows_or_csv(file):
             if isinstance(raw, BadRow):
                 raise UserError(f"{file}:{line}: {raw}")
+            if "final_label" in raw:
+                if raw["final_label"] not in XSTEST_ANSWERS:
+                    known = ", ".join(XSTEST_ANSWERS)
+                    raise UserError(f"{file}:{line}: 'final_label' is {raw['final_label']!r}, not one of {known}")
+                raw = {"response": raw.get("completion"), "refusal": XSTEST_ANSWERS[raw["final_label"]]}
             if not isinstance(raw.get("response"), str):
                 raise UserError(f"{file}:{line}: 'response' must be there and be text")
             if not isinstance(raw.get("refusal"), bool):

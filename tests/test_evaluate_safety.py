@@ -175,6 +175,14 @@ def test_a_bad_row_of_refusal_labels_is_named(change, tmp_path):
         read_refusal_labels([file])
 
 
+def test_xstests_published_answers_are_labels_too(tmp_path):
+    (tmp_path / "a.csv").write_text("id,completion,final_label\n1,x,1_full_compliance\n2,y,3_partial_refusal\n")
+    assert [label for *_, label in read_refusal_labels([str(tmp_path / "a.csv")])] == [False, True]
+    (tmp_path / "a.csv").write_text("id,completion,final_label\n1,x,refused\n")
+    with pytest.raises(UserError, match=":2: 'final_label' is 'refused', not one of 1_full_compliance"):
+        read_refusal_labels([str(tmp_path / "a.csv")])
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [

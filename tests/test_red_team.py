@@ -1,10 +1,18 @@
 """Red-team logs: exact intervals against published ones, person-hours worked by hand, rows that cannot be used."""
 
+from pathlib import Path
+
 import pytest
-from tiny_models import write_rows
 
 from configs.errors import UserError
+from configs.records import write_jsonl
 from rlhf.red_team import Attempt, gamma, garwood, hours, read_log, red_team
+
+
+def write_log(folder: Path, rows: list[dict]) -> str:
+    write_jsonl(folder / "log.jsonl", rows)
+    return str(folder / "log.jsonl")
+
 
 ROW = {"person": "a", "release": "v1", "violation": True, "seconds": 60}
 
@@ -69,7 +77,7 @@ def test_times_are_read_as_seconds(tmp_path):
         ROW | {"seconds": None, "started": "2023-07-18T09:30:00Z", "ended": "2023-07-18T12:00:00+02:00"},
         ROW | {"seconds": None, "started": 10, "ended": 40.5, "release": 2},
     ]
-    first, second = read_log(write_rows(tmp_path / "log.jsonl", rows))
+    first, second = read_log(write_log(tmp_path, rows))
     assert hours([first]) == pytest.approx(0.5)
     assert (second.release, hours([second])) == ("2", pytest.approx(30.5 / 3600))
 
@@ -93,7 +101,7 @@ def test_times_are_read_as_seconds(tmp_path):
     ],
 )
 def test_a_bad_row_is_named(change, message, tmp_path):
-    log = write_rows(tmp_path / "log.jsonl", [ROW, ROW | change])
+    log = write_log(tmp_path, [ROW, ROW | change])
     with pytest.raises(UserError, match=message) as caught:
         read_log(log)
     assert str(caught.value).startswith(f"{log}:2: ")
@@ -101,4 +109,4 @@ def test_a_bad_row_is_named(change, message, tmp_path):
 
 def test_an_empty_log_is_refused(tmp_path):
     with pytest.raises(UserError, match="has no rows"):
-        read_log(write_rows(tmp_path / "log.jsonl", []))
+        read_log(write_log(tmp_path, []))
