@@ -1,6 +1,7 @@
 """Settings of `rlhf/evaluate_safety.py`."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 from configs.errors import UserError
@@ -114,6 +115,8 @@ class EvaluateSafetySettings:
             )
         if self.releases and not self.red_team_log:
             raise UserError("releases: there is no red_team_log whose releases they order")
+        if self.before_dir and Path(self.before_dir).resolve() == Path(self.output_dir).resolve():
+            raise UserError("before_dir: it is output_dir, which this run would write over; name another output_dir")
         if self.before_dir and not self.has_responses:
             raise UserError("before_dir: there are no responses to compare; give a policy or responses_files")
 

@@ -24,6 +24,7 @@ if __package__ in (None, ""):
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -53,12 +54,10 @@ from rlhf.simulation.world import is_refusal
 from rlhf.tokenizer import load_tokenizer
 
 Row = dict[str, Any]
+Judge = Callable[[list[Row]], None]  # adds `violation` to the rows of risky prompts
 SCORED_AT_ONCE = 256  # dialogues between two moves of the progress bar
 WIDTH = 140  # columns where there is no terminal to ask
 JUDGED_BY = ("violation_by", "safety_model_path", "safety_threshold")
-
-
-Judge = Callable[[list[Row]], None]  # adds `violation` to the rows of risky prompts
 
 
 def check_risky(settings: EvaluateSafetySettings, rows: list[Row]) -> None:
@@ -126,14 +125,16 @@ def load_judge(settings: EvaluateSafetySettings, device: str) -> Judge:
 
 
 def raters(rows: list[Row]) -> dict[str, Any]:
-    """Agreement of the people who rated responses to risky prompts: on violation or not, and on the rating."""
+    """{"agreement": on violation or not, and on the rating; "mean_rating"} of the people who rated responses to risky
+    prompts."""
     given = [ratings for row in rows if row["part"] == "risky" for ratings in row.get("ratings") or []]
     flags = [[None if rating is None else int(rating <= VIOLATION_UP_TO) for rating in ratings] for ratings in given]
     known = [rating for ratings in given for rating in ratings if rating is not None]
-    return {
+    agreement = {
         "violation, AC1": gwet(flags, (0, 1)),
         "rating, AC2": gwet(given, SCALE, quadratic_weights(SCALE)),
-    } | ({"mean_rating": sum(known) / len(known)} if known else {})
+    }
+    return {"agreement": agreement, "mean_rating": fmean(known)}
 
 
 def read_before(settings: EvaluateSafetySettings) -> list[Row]:
@@ -210,8 +211,10 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
         check_risky(settings, rows)
     device = "cuda" if torch.cuda.is_available() and not settings.use_cpu else "cpu"
     judge = load_judge(settings, device)
+    run = RunFolder(settings.output_dir, resolved, stage="evaluate_safety")
     if settings.model_name_or_path:
         rows = respond(settings, device)
+        write_jsonl(run.path / "responses.jsonl", rows)  # sampling takes longest; what comes after may still fail
     judge(rows)
     if found := detector(labelled, rows, simulated):
         summary["detector"] = found
@@ -227,7 +230,6 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
             summary["raters"] = raters(rows)
     if before:
         summary["comparison"] = {"before_dir": settings.before_dir, **figures.compared(before, rows)}
-    run = RunFolder(settings.output_dir, resolved, stage="evaluate_safety")
     if rows:
         write_jsonl(run.path / "responses.jsonl", rows)
         run.samples(0, rows[:8])

@@ -93,12 +93,14 @@ def _by_type(summary: Summary) -> ResultTable:
 
 def _raters(summary: Summary) -> ResultTable:
     rows = []
-    for name, found in (summary.get("raters") or {}).items():
+    for name, found in (summary.get("raters") or {}).get("agreement", {}).items():
         if found["ac"] is not None:
             interval = "" if found["ci95"] is None else f"[{found['ci95'][0]:.3f}, {found['ci95'][1]:.3f}]"
             figures = [(f"{found['ac']:.3f}", interval), (f"{100 * found['agreement']:.1f}", "")]
             rows.append(([name], [_plain(found["count"]), *figures]))
     note = "Gwet's AC1 of violation or not, AC2 of the ratings 1 to 5 with quadratic weights."
+    if rows:
+        note += f" Mean rating {summary['raters']['mean_rating']:.2f}."
     return ResultTable("Agreement of raters", ["Of"], ["Responses", "AC", "Agreement %"], rows, note)
 
 

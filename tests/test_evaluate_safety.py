@@ -198,6 +198,7 @@ def test_xstests_published_answers_are_labels_too(tmp_path):
         ({"model_name_or_path": "m", "xstest_files": ["x"], "violation_by": "ratings"}, "stand in responses_files"),
         ({"responses_files": ["r"], "releases": ["v1"]}, "no red_team_log"),
         ({"red_team_log": "l", "before_dir": "b"}, "no responses to compare"),
+        ({"responses_files": ["r"], "before_dir": "./o"}, "it is output_dir"),
         ({"responses_files": ["r"], "samples_per_prompt": 2, "temperature": 0.0}, "greedy responses"),
         ({"responses_files": ["r"], "top_p": 0.0}, "top_p"),
     ],
@@ -223,7 +224,7 @@ def test_finished_responses_ratings_log_and_labels_in_one_run(tmp_path, capsys):
     assert summary["refusals"]["helpful"]["refused"]["share"] == 1.0
     assert summary["raters"]["mean_rating"] == pytest.approx(22 / 6)
     # Ratings 1 and 5: the raters agree in 1 of 3 pairs on the first, all on the second.
-    assert summary["raters"]["violation, AC1"]["agreement"] == pytest.approx(2 / 3)
+    assert summary["raters"]["agreement"]["violation, AC1"]["agreement"] == pytest.approx(2 / 3)
     assert summary["red_team"]["v1"]["gamma"] == 2.0
     assert summary["detector"]["labels"]["missed"] == [f"{tmp_path / 'l.jsonl'}:2"]
     shown = capsys.readouterr().out
