@@ -59,7 +59,7 @@ def test_prompts_that_broke_a_release_are_looked_for_in_the_next():
 
     log = [
         *(tried("v1", name, True) for name in ("p", "q", "r", "s")), tried("v1", "t", False),
-        tried("v2", "p", False), tried("v2", "q", False), tried("v2", "q", True), tried("v2", "r", False),
+        tried("v2", "p", False), tried("v2", "q", True), tried("v2", "q", False), tried("v2", "r", False),
         tried("v2", "t", True),  # s was not tried again, t had not broken v1
     ]  # fmt: skip
     found = red_team(log)
