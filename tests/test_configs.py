@@ -173,6 +173,7 @@ def test_llama2_has_a_config_for_every_stage():
             "build_gatt",
             "evaluate_gatt",
             "evaluate_policy",
+            "evaluate_safety",
             "gate",
         ]
     )
@@ -230,6 +231,7 @@ PAPER = {  # §2.2 (AdamW), §3.1, §3.2.2, §3.2.3, §3.3, §4.2.4
     "build_gatt": {"short_share": 0.5},
     "evaluate_gatt": {"num_turns": 20},
     "evaluate_policy": {"gold": "none"},
+    "evaluate_safety": {"safety_threshold": 0.15, "temperature": 0.1, "top_p": 0.9},  # §3.2.3, Table 11
     "gate": {"safety_threshold": 0.15},
 }  # fmt: skip
 BATCH = {"sft": 64, "train_reward": 512}  # rows of 4,096 tokens; pairs
