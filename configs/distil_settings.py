@@ -25,7 +25,7 @@ class DistilSettings(EngineSettings, SamplingSettings):
         default="system", metadata={"help": "in the system message, or in front of the last user message"}
     )
     category_field: str = field(
-        default="category", metadata={"help": "field of a prompt record with its risk category, for targeted"}
+        default="risk_category", metadata={"help": "field of a prompt record with its risk category, for targeted"}
     )
     uncategorised: Literal["generic", "reject"] = field(
         default="generic", metadata={"help": "targeted: what a prompt without a risk category gets"}

@@ -41,6 +41,7 @@ from configs.engine_settings import NOT_SAMPLED
 from configs.errors import UserError
 from configs.model_settings import LORA_FIELDS, ModelSettings, RunSettings
 from configs.records import read_prompts, write_jsonl
+from configs.safety_labels import RISK_CATEGORIES
 from reward.model import load_reward_model
 from reward.scorer import score_ids
 from rlhf.cli import entry, parse
@@ -48,7 +49,7 @@ from rlhf.distil_report import dataset_card, summarise
 from rlhf.draw import sample_seeds
 from rlhf.engines import load_engine
 from rlhf.models import data_fingerprints, resolve_dtype
-from rlhf.preprompts import CATEGORIES, Preprompt, Preprompts, read_preprompts, with_preprompt
+from rlhf.preprompts import Preprompt, Preprompts, read_preprompts, with_preprompt
 from rlhf.rejection_sampling import gold_scores, usable
 from rlhf.run import RunFolder, numbers, write_atomic
 from rlhf.sampler import prompt_room
@@ -82,9 +83,9 @@ def choose_preprompt(
     category = record.get(settings.category_field)
     if category is None and settings.uncategorised == "generic":
         return wordings.draw(rng), "", ""
-    if category not in tuple(CATEGORIES):  # a tuple: the field may hold anything, lists too
+    if category not in tuple(RISK_CATEGORIES):  # a tuple: the field may hold anything, lists too
         reason = "no risk category" if category is None else "unknown risk category"
-        return None, reason, f"'{settings.category_field}' is {category!r}, not one of {', '.join(CATEGORIES)}"
+        return None, reason, f"'{settings.category_field}' is {category!r}, not one of {', '.join(RISK_CATEGORIES)}"
     return wordings.draw(rng, category), "", ""
 
 

@@ -16,13 +16,8 @@ from typing import Any
 
 from configs.chat import SPECIAL_TAGS, Message
 from configs.errors import UserError
+from configs.safety_labels import RISK_CATEGORIES
 
-# The paper's three risk categories (§4.2.1).
-CATEGORIES = {
-    "illicit": "illicit and criminal activities",
-    "hateful": "hateful and harmful activities",
-    "advice": "unqualified advice",
-}
 SLOT = "{adjectives}"
 
 ADJECTIVES = ("responsible", "respectful", "wise", "careful", "honest", "considerate")
@@ -107,7 +102,7 @@ def read_preprompts(path: str | None, forbidden: Sequence[str] = SPECIAL_TAGS) -
     where = f"preprompts_file: {path}"
     _check_keys(where, given, ("adjectives", "generic", "targeted"))
     targeted = given.get("targeted", {})
-    _check_keys(f"{where}: targeted", targeted, tuple(CATEGORIES))
+    _check_keys(f"{where}: targeted", targeted, tuple(RISK_CATEGORIES))
     lists = {name: given[name] for name in ("adjectives", "generic") if name in given}
     for name, texts in [*lists.items(), *((f"targeted: {name}", texts) for name, texts in targeted.items())]:
         _check_texts(f"{where}: {name}", texts, forbidden)

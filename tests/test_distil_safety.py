@@ -15,10 +15,11 @@ from configs.chat import SPECIAL_TAGS, load_chat_format
 from configs.distil_settings import DistilSettings
 from configs.errors import UserError
 from configs.records import read_dialogues
+from configs.safety_labels import RISK_CATEGORIES
 from rlhf import distil_ablation, distil_safety
 from rlhf.distil_report import summarise
 from rlhf.distil_safety import candidate, choose_preprompt, verdict
-from rlhf.preprompts import ADJECTIVES, CATEGORIES, Preprompts, read_preprompts, with_preprompt
+from rlhf.preprompts import ADJECTIVES, Preprompts, read_preprompts, with_preprompt
 from rlhf.shards import read_shard
 from rlhf.tokenizer import load_tokenizer
 
@@ -38,8 +39,8 @@ def test_a_generic_preprompt_names_two_different_adjectives():
 
 def test_every_category_has_a_targeted_preprompt_in_numbered_steps():
     wordings = Preprompts()
-    assert wordings.targeted.keys() == CATEGORIES.keys()
-    for category in CATEGORIES:
+    assert wordings.targeted.keys() == RISK_CATEGORIES.keys()
+    for category in RISK_CATEGORIES:
         drawn = wordings.draw(random.Random(0), category)
         assert (drawn.kind, drawn.category) == ("targeted", category)
         assert [line[:2] for line in drawn.text.splitlines()[1:]] == ["1.", "2.", "3.", "4."]
@@ -109,17 +110,17 @@ def settings(**extra) -> DistilSettings:
     ("record", "fields", "category", "reason"),
     [
         ({"is_safety": True}, {}, None, ""),
-        ({"is_safety": True, "category": "no such"}, {}, None, ""),  # a generic preprompt asks for no category
+        ({"is_safety": True, "risk_category": "no such"}, {}, None, ""),  # a generic preprompt asks for no category
         ({"is_safety": False}, {}, None, "not a safety prompt"),
-        ({"is_safety": False, "category": "advice"}, {"preprompt_kind": "targeted"}, None, "not a safety prompt"),
+        ({"is_safety": False, "risk_category": "advice"}, {"preprompt_kind": "targeted"}, None, "not a safety prompt"),
         ({"is_safety": False}, {"include_helpful": True, "preprompt_kind": "targeted"}, None, ""),
-        ({"is_safety": True, "category": "advice"}, {"preprompt_kind": "targeted"}, "advice", ""),
+        ({"is_safety": True, "risk_category": "advice"}, {"preprompt_kind": "targeted"}, "advice", ""),
         ({"is_safety": True, "source": "illicit"}, {"preprompt_kind": "targeted", "category_field": "source"},
          "illicit", ""),
         ({"is_safety": True}, {"preprompt_kind": "targeted"}, None, ""),
         ({"is_safety": True}, {"preprompt_kind": "targeted", "uncategorised": "reject"}, None, "no risk category"),
-        ({"is_safety": True, "category": "theft"}, {"preprompt_kind": "targeted"}, None, "unknown risk category"),
-        ({"is_safety": True, "category": ["advice"]}, {"preprompt_kind": "targeted"}, None, "unknown risk category"),
+        ({"is_safety": True, "risk_category": "theft"}, {"preprompt_kind": "targeted"}, None, "unknown risk category"),
+        ({"is_safety": True, "risk_category": ["advice"]}, {"preprompt_kind": "targeted"}, None, "unknown risk category"),
     ],
 )  # fmt: skip
 def test_which_prompts_are_distilled_and_under_what(record, fields, category, reason):
@@ -190,7 +191,7 @@ def arguments(tmp_path_factory) -> dict[str, str]:
     model.save_pretrained(policy)
     rows = prompt_rows(14)
     for i, row in enumerate(rows):
-        row |= {"is_safety": i % 7 != 6, "category": ("illicit", "hateful", "advice", None, "theft")[i % 5]}
+        row |= {"is_safety": i % 7 != 6, "risk_category": ("illicit", "hateful", "advice", None, "theft")[i % 5]}
     return {
         "model_name_or_path": policy,
         "safety_model_path": save_tiny_reward_model(folder / "safety", seed=2),
@@ -269,7 +270,7 @@ def test_nothing_is_lost(arguments, finished):
         (5, "unknown risk category"), (7, "not a safety prompt"), (10, "unknown risk category"),
         (14, "not a safety prompt"),
     ]  # fmt: skip
-    assert "'category' is 'theft', not one of illicit, hateful, advice" in left_out[0]["detail"]
+    assert "'risk_category' is 'theft', not one of illicit, hateful, advice" in left_out[0]["detail"]
     assert {row["reason"] for row in not_kept} <= {"not above the original", "no usable answer"}
     card = (folder / "README.md").read_text()
     assert "kept only where the safety reward model scores it above" in card
