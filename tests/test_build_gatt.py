@@ -14,7 +14,8 @@ from configs.chat import load_chat_format
 from configs.errors import UserError
 from configs.gatt_settings import GattSettings, InstructionSettings, PersistenceSettings
 from configs.records import read_dialogues
-from gatt.instructions import KINDS, Instruction, obeys, parse_instruction, values_of
+from gatt.instructions import obeys, parse_instruction
+from gatt.kinds import KINDS, Instruction, values_of
 from gatt.synth import Draft
 from rlhf import build_gatt, evaluate_gatt
 from rlhf.build_gatt import reward_judge
@@ -340,7 +341,7 @@ def test_too_few_prompts_and_zero_turns_are_refused():
         (None, None, ["weather"], "train", "unknown instruction kind 'weather'"),
         ({"weather": ["rain"]}, None, None, "train", "unknown instruction kind 'weather'"),
         ({}, None, None, "train", "must hold an object"),
-        ({"figure": []}, None, None, "train", "at least one string"),
+        ({"figure": []}, None, None, "train", "empty list"),
         ({"figure": ["[INST] x"]}, None, None, "train", "special tag"),
         ({"figure": ["Nero"]}, None, ["hobby"], "train", "has no values of kind: hobby"),
         ({"figure": ["Nero"]}, {"figure": ["nero", "Zeno"]}, None, "unseen", "nero also in values_file"),
