@@ -169,6 +169,7 @@ def test_llama2_has_a_config_for_every_stage():
             "rejection_sampling",
             "ppo",
             "ppo",  # on a 24 GB GPU
+            "write_instruction_values",
             "build_gatt",
             "evaluate_gatt",
             "evaluate_policy",
@@ -225,6 +226,7 @@ PAPER = {  # §2.2 (AdamW), §3.1, §3.2.2, §3.2.3, §3.3
     "explore_sampling": {"temperatures": [0.6, 0.8, 0.9, 1.0, 1.1, 1.2, 1.3, 1.4, 1.5], "samples_per_prompt": 100,
                          "safety_threshold": 0.15},
     "collect_preferences": {"annotator": "none"},
+    "write_instruction_values": {"kinds": ["figure", "hobby", "language"]},
     "build_gatt": {"short_share": 0.5},
     "evaluate_gatt": {"num_turns": 20},
     "evaluate_policy": {"gold": "none"},
