@@ -67,7 +67,7 @@ def check_kinds(kinds: Sequence[str], max_constraints: int = 1) -> None:
         raise UserError("kinds: the list is empty; name at least one of: " + ", ".join(KINDS))
     for name in kinds:
         kind_named(name).ready()
-    if max_constraints > (most := largest_combination(kinds)):
+    if max_constraints > 1 and max_constraints > (most := largest_combination(kinds)):
         raise UserError(
             f"max_constraints: {max_constraints}, but of the kinds {', '.join(kinds)} at most {most} can stand in one "
             "instruction (the others repeat or contradict each other); lower it or name other kinds"

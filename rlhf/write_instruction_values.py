@@ -122,7 +122,7 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
         doubles = sum(bool(line.value) for one in read for line in one) - len(count_values(kind, read))
         reasons = Counter(row["reason"] for row in aside for _ in range(row["count"]))
         summary[name] = {"answers": len(rows), "lines": lines, "values": len(counts[name]), "doubles": doubles,
-                         "rejected": dict(reasons)}  # fmt: skip
+                         "rejected": dict(reasons.most_common())}  # fmt: skip
     write_jsonl(folder.path / "answers.jsonl", answers)
     write_jsonl(folder.path / "rejected.jsonl", rejected)
     check_enough(summary, settings.min_values, folder.path)
