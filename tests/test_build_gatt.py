@@ -173,6 +173,21 @@ def test_the_paper_s_rows_and_replay(obedient, model_dir, prompt_file, tmp_path)
     }  # fmt: skip
 
 
+def test_rows_of_combinations_say_their_parts(obedient, model_dir, prompt_file, tmp_path):
+    summary = build(tmp_path / "out", model_dir, prompt_file, "--kinds", "figure", "hobby", "--max_constraints", "2")
+    rows = [json.loads(line) for line in (tmp_path / "out" / "gatt.jsonl").read_text().splitlines()]
+    given = [row for row in rows if row["instruction"]]
+    assert set(summary["rows_by_kind"]) == {"figure", "hobby", "figure+hobby"}
+    for row in given:
+        instruction, rest = parse_instruction(row["instruction"]["text"])
+        assert rest == ""
+        assert {**instruction.record(), "wording": row["instruction"]["wording"],
+                "slot": row["instruction"]["slot"]} == row["instruction"]  # fmt: skip
+        assert [part["kind"] for part in row["instruction"].get("parts", [])] == [p.kind for p in instruction.parts]
+        assert all(obeys(instruction, m["content"]) for m in row["messages"] if m["role"] == "assistant")
+    assert len(read_dialogues(tmp_path / "out" / "gatt.jsonl").rows) == len(rows)
+
+
 def test_a_policy_that_never_obeys_is_told(model_dir, prompt_file, tmp_path):
     with pytest.raises(UserError, match="no dialogue obeyed its instruction"):
         build(tmp_path / "out", model_dir, prompt_file, "--max_new_tokens", "4")
