@@ -94,7 +94,7 @@ def is_one_sentence(_: str, response: str) -> bool:
 
 def is_lower_case(_: str, response: str) -> bool:
     """Letters, and no upper-case one among them."""
-    return any(c.isalpha() for c in response) and not any(c.isupper() or c.istitle() for c in response)
+    return any(c.isalpha() for c in response) and not any(c.isupper() for c in response)
 
 
 def has_at_most_words(value: str, response: str) -> bool:

@@ -98,8 +98,6 @@ def draw_combinations(
             if not free:
                 break
             parts.append(make(kind_named(rng.choice(free))))
-        if len(parts) > 1:
-            rng.shuffle(parts)
         drawn.append(combine(parts))
     return drawn
 

@@ -61,7 +61,7 @@ CASES = [
     ("lower_case", "", ["a lemon is yellow.", "élan 3"], ["A lemon", "42", ""]),
     ("max_words", "3", ["one two three", "Well-known fact."], ["one two three four", "..."]),
     ("bullets", "2", ["- a\n- b", "Two things:\n* one\n\n  • two\nThat is all."],
-     ["- a", "- a\n- b\n- c", "-a\n-b", "- \n- a"]),
+     ["- a", "- a\n- b\n- c", "-a\n-b", "- \n- a", "- ...\n- a"]),
     ("language", "French", ["La capitale de la France est Paris."],
      ["The capital of France is Paris.", "Yes.", "42", ""]),
     ("language", "Japanese", ["フランスの首都はパリです。"], ["法国的首都是巴黎。"]),

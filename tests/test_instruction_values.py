@@ -65,6 +65,7 @@ def test_an_answer():
     reasons = ["is an introduction", "", "", "was cut off"]
     assert [line.reason for line in read_answer(KINDS["hobby"], text, False, 3)] == reasons
     assert [line.value for line in read_answer(KINDS["hobby"], text, True, 3)] == ["", "chess", "chess", "sail"]
+    assert [line.value for line in read_answer(KINDS["hobby"], "1. Chess:\n- Golf:", True, 3)] == ["chess", "golf"]
     assert split_lines("chess, golf, and sailing.") == ["chess", "golf", "sailing"]
     assert split_lines("Some hobbies: chess, golf and darts, polo") == ["chess", "golf", "darts", "polo"]
     assert split_lines("Plato, philosopher") == ["Plato, philosopher"]
@@ -103,6 +104,7 @@ def test_counts_by_hand():
     counted = count_values(KINDS["hobby"], answers)
     assert counted == {"crossword": 3, "art": 1, "chess": 1, "golf": 1}
     assert list(counted) == ["crossword", "art", "chess", "golf"]
+    assert count_values(KINDS["hobby"], [[Line("", "darts"), Line("", "dart")]]) == {"darts": 1}  # its first spelling
 
 
 def test_splits():
