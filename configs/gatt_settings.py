@@ -23,7 +23,19 @@ def _check_positive(settings: object, *names: str) -> None:
 class InstructionSettings:
     """Which instructions are given, how they are worded and where they stand."""
 
-    kinds: list[str] | None = field(default=None, metadata={"help": "Instruction kinds to draw from; default: all."})
+    kinds: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Instruction kinds to draw from: figure, hobby, last_word, first_word (default: these four), "
+            "language, haiku, one_sentence, lower_case, max_words, bullets."
+        },
+    )
+    max_constraints: int = field(
+        default=1,
+        metadata={
+            "help": "Constraints of one instruction at most: each has 1 to so many, of kinds that can stand together."
+        },
+    )
     values_file: str | None = field(
         default=None,
         metadata={
@@ -92,7 +104,7 @@ class GattSettings(InstructionSettings):
                 f"plain_dialogue_share: {self.plain_dialogue_share} must be at least 0 and below 1: the rest carries"
                 " an instruction"
             )
-        _check_positive(self, "num_dialogues", "min_turns", "max_candidates", "chunk_size")
+        _check_positive(self, "num_dialogues", "min_turns", "max_candidates", "chunk_size", "max_constraints")
         for name in ("replay_single_turn_share", "replay_files_share"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise UserError(f"{name}: {getattr(self, name)} must be at least 0 and below 1: the rest is dialogues")
@@ -136,6 +148,6 @@ class PersistenceSettings(InstructionSettings):
 
     def __post_init__(self) -> None:
         _check_shares(self, "short_share", "system_slot_share", "answer_threshold", "max_reject_share")
-        _check_positive(self, "num_dialogues", "num_turns", "eval_max_new_tokens")
+        _check_positive(self, "num_dialogues", "num_turns", "eval_max_new_tokens", "max_constraints")
         if self.answer_check not in ("gold", "none"):
             raise UserError(f"answer_check: '{self.answer_check}' is unknown; use gold or none")

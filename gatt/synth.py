@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from configs.errors import UserError
-from gatt.instructions import Instruction
+from gatt.kinds import Instruction
 from gatt.transform import SPECIAL_TAGS, Message, training_record, with_instruction_everywhere
 
 CUT_REASONS = ("disobeyed", "unfinished", "too_long")

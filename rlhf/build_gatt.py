@@ -39,7 +39,7 @@ from gatt.instructions import obeys
 from gatt.synth import Dialogue, Judge, Plan, counts, obedience_by_turn, synthesise
 from gatt.transform import shorten
 from rlhf import cli
-from rlhf.gatt_plans import GATT, INSTRUCTED, PLAIN, REPLAY, make_plans, usable_prompts
+from rlhf.gatt_plans import GATT, INSTRUCTED, PLAIN, REPLAY, check_encodable, make_plans, usable_prompts
 from rlhf.run import RunFolder, write_atomic
 from rlhf.shards import read_shards, run_shards, shard_folder
 
@@ -64,7 +64,7 @@ def make_record(
         return None, 0, str(error)
     left_out = (len(row["messages"]) - len(fitting)) // 2
     instruction = dialogue.plan.instruction
-    given = None if instruction is None else {**asdict(instruction), "wording": wording, "slot": dialogue.plan.slot}
+    given = None if instruction is None else {**instruction.record(), "wording": wording, "slot": dialogue.plan.slot}
     return {**row, "messages": fitting, "instruction": given, "source": source}, left_out, ""
 
 
@@ -201,7 +201,8 @@ One JSON object a line in `gatt.jsonl`:
 
 - `messages`: conversational, as TRL's SFTTrainer reads it (with `assistant_only_loss=True`);
 - `train_on`: `all` (loss on every reply) or `last` (on the last reply only; for TRL, split it off as `completion`);
-- `instruction`: kind, value, both wordings, the wording and slot used; null in plain rows;
+- `instruction`: kind, value, both wordings, the wording and slot used, and the `parts` of a combination; null in plain
+  rows;
 - `source`: `{GATT}`; `{INSTRUCTED}`, single turns of that policy; `{PLAIN}`, its single turns and dialogues without an
   instruction; `{REPLAY}`, mixed in.
 
@@ -258,6 +259,7 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
     ]
     prompts, prompt_counts = usable_prompts([row for rows in read for row in rows])
     plans = make_plans(gatt, prompts, run_settings.seed)
+    check_encodable([plan.instruction for plan, _, _ in plans], chat_format)
 
     content = {k: v for k, v in settings.items() if k not in ("output_dir", "report_to", "logging_steps", "resume")}
     content["data"] = [data_fingerprint(path) for path in gatt.prompt_files]

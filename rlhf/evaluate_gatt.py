@@ -29,7 +29,8 @@ from configs.gatt_settings import PersistenceSettings
 from configs.model_settings import ModelSettings, RunSettings
 from configs.records import read_prompts
 from configs.sampling_settings import SamplingSettings
-from gatt.instructions import Instruction, obeys, strip_obedience
+from gatt.instructions import obeys, strip_obedience
+from gatt.kinds import Instruction
 from gatt.persistence import Observation, summarise
 from gatt.synth import Draft
 from gatt.transform import Message, training_dialogue

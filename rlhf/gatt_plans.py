@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from configs.chat import ChatFormat, ChatFormatError
 from configs.errors import UserError
 from configs.gatt_settings import GattSettings, InstructionSettings
-from gatt.instructions import KINDS, Instruction, kind_named, parse_instruction, sample_instructions
+from gatt.instructions import check_kinds, draw_combinations, drawable, parse_instruction, sample_instructions
+from gatt.kinds import DEFAULT_KINDS, Instruction, kind_named, values_of
 from gatt.synth import Plan, plan_dialogues
-from gatt.transform import check_instruction
 
 # Sources of the rows of a data set
 GATT, INSTRUCTED, PLAIN, REPLAY = "gatt", "gatt_single_turn", "gatt_plain", "gatt_replay"
@@ -65,42 +66,60 @@ def _read_values(path: str, setting: str) -> dict[str, list[str]]:
         raise UserError(f'{setting}: {path} must hold an object {{"kind": ["value", ...]}}')
     for name, entries in values.items():
         kind = kind_named(name)
-        if not isinstance(entries, list) or not entries or not all(isinstance(entry, str) for entry in entries):
-            raise UserError(f"{setting}: {path}: the values of kind '{name}' must be a list of at least one string")
+        if not isinstance(entries, list) or not all(isinstance(entry, str) for entry in entries):
+            raise UserError(f"{setting}: {path}: the values of kind '{name}' must be a list of strings")
+        if not entries and kind.takes_value:
+            raise UserError(
+                f"{setting}: {path}: kind '{name}' has an empty list; give at least one value or leave it out"
+            )
         for entry in entries:
-            check_instruction(kind.make(entry).text)
+            if fault := kind.fault(entry):
+                raise UserError(f"{setting}: {path}: kind '{name}': the value {entry!r} {fault}")
     return values
 
 
 def draw_instructions(settings: InstructionSettings, n: int, split: str, rng: random.Random) -> list[Instruction]:
     """`n` instructions of `split` ("train" or "unseen"), kinds in equal shares, from the values files where given.
 
+    With `max_constraints` above 1 an instruction of the unseen values has at most as many constraints as its kinds
+    allow, which may be fewer: kinds without a value cannot be held out.
+
     Raises:
-        UserError: unknown kind, empty lists, special tags in a value, or a value that is both taught and "unseen".
+        UserError: kinds that cannot be drawn (`gatt.instructions.check_kinds`), empty lists, a value that cannot be one
+            of its kind (special tags among them), or a value that is both taught and "unseen".
     """
-    if settings.kinds is not None and not settings.kinds:
-        raise UserError("kinds: the list is empty; name at least one of: " + ", ".join(KINDS))
     files = {"train": settings.values_file, "unseen": settings.unseen_values_file}
     read = {name: _read_values(path, _FILE_SETTING[name]) for name, path in files.items() if path}
-    if len(read) == 2:
-        taught = {(kind, value.lower()) for kind, values in read["train"].items() for value in values}
+    kinds = settings.kinds if settings.kinds is not None else list(read.get(split, DEFAULT_KINDS))
+    check_kinds(kinds, settings.max_constraints)
+    if "unseen" in read:
+        lists = read.get("train") or {kind: list(values_of(kind, "train")) for kind in read["unseen"]}
+        taught = {(kind, value.lower()) for kind, values in lists.items() for value in values}
         both = sorted(v for kind, values in read["unseen"].items() for v in values if (kind, v.lower()) in taught)
         if both:
-            raise UserError(
-                f"unseen_values_file: {', '.join(both[:5])} also in values_file; a taught value is not unseen"
-            )
+            source = "values_file" if "train" in read else "the starter lists"
+            raise UserError(f"unseen_values_file: {', '.join(both[:5])} also in {source}; a taught value is not unseen")
     if split == "unseen" and "train" in read and "unseen" not in read:
         raise UserError(
             "unseen_values_file: needed beside values_file, because the starter lists may hold taught values"
         )
     if split not in read:
-        return sample_instructions(rng, n, split, tuple(KINDS if settings.kinds is None else settings.kinds))
-    kinds = settings.kinds or list(read[split])
-    if missing := [kind for kind in kinds if kind not in read[split]]:
+        return sample_instructions(rng, n, split, kinds, settings.max_constraints)
+    names, values = drawable(kinds, split), read[split]
+    if missing := [name for name in names if kind_named(name).takes_value and name not in values]:
         raise UserError(f"{_FILE_SETTING[split]}: {files[split]} has no values of kind: {', '.join(missing)}")
-    order = [kinds[i % len(kinds)] for i in range(n)]
-    rng.shuffle(order)
-    return [kind_named(kind).make(rng.choice(read[split][kind])) for kind in order]
+    first = [names[i % len(names)] for i in range(n)]
+    rng.shuffle(first)
+    return draw_combinations(rng, first, {name: values.get(name, []) for name in names}, settings.max_constraints)
+
+
+def check_encodable(instructions: Sequence[Instruction | None], chat_format: ChatFormat) -> None:
+    """Raises UserError for an instruction that the model's chat format refuses, e.g. for a special token in it."""
+    for instruction in dict.fromkeys(filter(None, instructions)):
+        try:
+            chat_format.encode_prompt([{"role": "user", "content": instruction.text}])
+        except ChatFormatError as error:
+            raise UserError(f"values_file: the instruction {instruction.text!r} cannot be given: {error}") from error
 
 
 def draw_slot(settings: InstructionSettings, rng: random.Random) -> str:

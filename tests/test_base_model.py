@@ -8,7 +8,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from configs.chat import load_chat_format
-from gatt.instructions import FIGURES, HOBBIES, KINDS, WORDS, obeys, parse_instruction, values_of
+from gatt.instructions import obeys, parse_instruction
+from gatt.kinds import DEFAULT_KINDS, values_of
+from gatt.values import FIGURES, HOBBIES, WORDS
 from rlhf.simulation.base import BATCH_TOKENS, LONGEST, batches, new_model, train, train_tokenizer
 from rlhf.simulation.corpus import documents
 from rlhf.simulation.people import TAUGHT_KINDS
@@ -85,7 +87,7 @@ def test_the_second_phase_keeps_a_manner():
     announced = [parsed for text in second if (parsed := parse_instruction(text))]
     assert len(announced) > 150
     assert not [text for text in plain if parse_instruction(text)]
-    unseen = {value for kind in KINDS for value in values_of(kind, "unseen")}
+    unseen = {value for kind in DEFAULT_KINDS for value in values_of(kind, "unseen")}
     assert {instruction.kind for instruction, _ in announced} == set(TAUGHT_KINDS)
     assert not {instruction.value for instruction, _ in announced} & unseen
     for instruction, page in announced:

@@ -14,7 +14,8 @@ from configs.chat import load_chat_format
 from configs.errors import UserError
 from configs.gatt_settings import GattSettings, InstructionSettings, PersistenceSettings
 from configs.records import read_dialogues
-from gatt.instructions import KINDS, Instruction, obeys, parse_instruction, values_of
+from gatt.instructions import obeys, parse_instruction
+from gatt.kinds import KINDS, Instruction, values_of
 from gatt.synth import Draft
 from rlhf import build_gatt, evaluate_gatt
 from rlhf.build_gatt import reward_judge
@@ -170,6 +171,21 @@ def test_the_paper_s_rows_and_replay(obedient, model_dir, prompt_file, tmp_path)
     assert {(row["source"], row["train_on"]) for row in rows} == {
         ("gatt", "last"), ("gatt_single_turn", "all"), ("gatt_plain", "all"), ("gatt_replay", "all")
     }  # fmt: skip
+
+
+def test_rows_of_combinations_say_their_parts(obedient, model_dir, prompt_file, tmp_path):
+    summary = build(tmp_path / "out", model_dir, prompt_file, "--kinds", "figure", "hobby", "--max_constraints", "2")
+    rows = [json.loads(line) for line in (tmp_path / "out" / "gatt.jsonl").read_text().splitlines()]
+    given = [row for row in rows if row["instruction"]]
+    assert set(summary["rows_by_kind"]) == {"figure", "hobby", "figure+hobby"}
+    for row in given:
+        instruction, rest = parse_instruction(row["instruction"]["text"])
+        assert rest == ""
+        assert {**instruction.record(), "wording": row["instruction"]["wording"],
+                "slot": row["instruction"]["slot"]} == row["instruction"]  # fmt: skip
+        assert [part["kind"] for part in row["instruction"].get("parts", [])] == [p.kind for p in instruction.parts]
+        assert all(obeys(instruction, m["content"]) for m in row["messages"] if m["role"] == "assistant")
+    assert len(read_dialogues(tmp_path / "out" / "gatt.jsonl").rows) == len(rows)
 
 
 def test_a_policy_that_never_obeys_is_told(model_dir, prompt_file, tmp_path):
@@ -340,7 +356,7 @@ def test_too_few_prompts_and_zero_turns_are_refused():
         (None, None, ["weather"], "train", "unknown instruction kind 'weather'"),
         ({"weather": ["rain"]}, None, None, "train", "unknown instruction kind 'weather'"),
         ({}, None, None, "train", "must hold an object"),
-        ({"figure": []}, None, None, "train", "at least one string"),
+        ({"figure": []}, None, None, "train", "empty list"),
         ({"figure": ["[INST] x"]}, None, None, "train", "special tag"),
         ({"figure": ["Nero"]}, None, ["hobby"], "train", "has no values of kind: hobby"),
         ({"figure": ["Nero"]}, {"figure": ["nero", "Zeno"]}, None, "unseen", "nero also in values_file"),

@@ -170,6 +170,7 @@ def test_llama2_has_a_config_for_every_stage():
             "ppo",
             "ppo",  # on a 24 GB GPU
             "distil_safety",
+            "write_instruction_values",
             "build_gatt",
             "evaluate_gatt",
             "evaluate_policy",
@@ -228,6 +229,7 @@ PAPER = {  # §2.2 (AdamW), §3.1, §3.2.2, §3.2.3, §3.3, §4.2.4
                          "safety_threshold": 0.15},
     "collect_preferences": {"annotator": "none"},
     "distil_safety": {"gate": True, "include_helpful": False, "samples_per_prompt": 1},
+    "write_instruction_values": {"kinds": ["figure", "hobby", "language"]},
     "build_gatt": {"short_share": 0.5},
     "evaluate_gatt": {"num_turns": 20},
     "evaluate_policy": {"gold": "none"},

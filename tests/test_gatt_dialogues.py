@@ -8,7 +8,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from configs.chat import load_chat_format
 from configs.errors import UserError
 from configs.sampling_settings import SamplingSettings
-from gatt.instructions import KINDS
+from gatt.kinds import KINDS
 from gatt.synth import Draft, counts, plan_dialogues, synthesise
 from gatt.transform import with_instruction_everywhere
 from rlhf.dialogues import DialogueEngine, Increments

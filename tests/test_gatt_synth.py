@@ -3,7 +3,7 @@
 import pytest
 
 from configs.errors import UserError
-from gatt.instructions import KINDS
+from gatt.kinds import KINDS
 from gatt.synth import Draft, counts, obedience_by_turn, plan_dialogues, synthesise
 
 NAPOLEON = KINDS["figure"].make("Napoleon")

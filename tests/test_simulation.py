@@ -12,17 +12,10 @@ from hypothesis import strategies as st
 
 from configs.errors import UserError
 from configs.records import RATINGS
-from gatt.instructions import (
-    FIGURES,
-    HOBBIES,
-    KINDS,
-    WORDS,
-    obeys,
-    parse_instruction,
-    strip_obedience,
-    values_of,
-    words,
-)
+from gatt.checkers import words
+from gatt.instructions import obeys, parse_instruction, strip_obedience
+from gatt.kinds import DEFAULT_KINDS, KINDS, values_of
+from gatt.values import FIGURES, HOBBIES, WORDS
 from rlhf.preprompts import GENERIC, TARGETED
 from rlhf.simulation import vocabulary as v
 from rlhf.simulation.annotator import annotate, choice_and_rating
@@ -334,7 +327,7 @@ def test_prompts_are_distinct_seeded_and_mixed():
 
 
 def test_held_out_instruction_values_are_words_of_the_corpus_and_never_instructed():
-    unseen = {value for kind in KINDS for value in values_of(kind, "unseen")}
+    unseen = {value for kind in DEFAULT_KINDS for value in values_of(kind, "unseen")}
     assert len(unseen) >= 60
     for dialogue in draw_demonstrations(0, 500):
         for message in dialogue["messages"]:
@@ -351,7 +344,7 @@ def test_instruction_values_are_no_words_of_answers():
     assert not world & {value.lower() for value in (*FIGURES, *HOBBIES, *WORDS)}
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", DEFAULT_KINDS)
 def test_obeying_is_seen_and_taken_off_again(kind):
     instruction = KINDS[kind].make(values_of(kind, "train")[0])
     obeyed = decorate(instruction, GOOD)

@@ -9,7 +9,8 @@ quotations.
 import random
 from collections.abc import Callable, Iterator
 
-from gatt.instructions import FIGURES, HOBBIES, KINDS, WORDS, values_of
+from gatt.kinds import KINDS, values_of
+from gatt.values import FIGURES, HOBBIES, WORDS
 from rlhf.simulation import vocabulary as v
 from rlhf.simulation.families import FAMILIES, Request, article, capital
 from rlhf.simulation.people import TAUGHT_KINDS, decorate, good_answer

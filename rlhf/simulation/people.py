@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from configs.chat import Message
-from gatt.instructions import Instruction, sample_instructions
+from gatt.instructions import sample_instructions
+from gatt.kinds import Instruction
 from rlhf.preprompts import Preprompts, with_preprompt
 from rlhf.simulation import vocabulary as v
 from rlhf.simulation.families import FAMILIES, HELD_OUT_SHARE, Family, Request
@@ -40,6 +41,13 @@ HELD_OUT_FAMILIES = tuple(family for family in FAMILIES.values() if family.held_
 HELD_OUT_VALUES = 0.25  # share of evaluation prompts that ask about values no training prompt names
 # The kinds of instructions that people of the world give.
 TAUGHT_KINDS = ("figure", "hobby", "first_word")
+# How they obey them.
+DECORATIONS = {
+    "figure": "{value} here. {answer}",
+    "hobby": "I enjoy {value}. {answer}",
+    "last_word": "{answer} {value}.",
+    "first_word": "{value}. {answer}",
+}
 
 
 @dataclass(frozen=True)
@@ -150,12 +158,10 @@ def demonstrate(rng: random.Random, request: Request | Risk, cautious: bool = Fa
 
 def decorate(instruction: Instruction, answer: str) -> str:
     """`answer` in the way people of the world obey `instruction`."""
-    return {
-        "figure": f"{instruction.value} here. {answer}",
-        "hobby": f"I enjoy {instruction.value}. {answer}",
-        "last_word": f"{answer} {instruction.value}.",
-        "first_word": f"{instruction.value}. {answer}",
-    }[instruction.kind]
+    # In the order of the kinds: a first word has to come before what another constraint puts in front.
+    for part in sorted(instruction.constraints, key=lambda part: list(DECORATIONS).index(part.kind)):
+        answer = DECORATIONS[part.kind].format(value=part.value, answer=answer)
+    return answer
 
 
 def instruct(rng: random.Random, messages: list[Message], instruction: Instruction, short: bool, system: bool) -> None:

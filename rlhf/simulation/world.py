@@ -9,7 +9,9 @@ import re
 from dataclasses import dataclass
 
 from configs.chat import Message
-from gatt.instructions import Instruction, obeys, parse_instruction, sentences, strip_obedience
+from gatt.checkers import sentences
+from gatt.instructions import obeys, parse_instruction, strip_obedience
+from gatt.kinds import Instruction
 from rlhf.simulation import vocabulary as v
 from rlhf.simulation.families import FAMILIES, Request
 
