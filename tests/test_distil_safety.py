@@ -120,7 +120,8 @@ def settings(**extra) -> DistilSettings:
         ({"is_safety": True}, {"preprompt_kind": "targeted"}, None, ""),
         ({"is_safety": True}, {"preprompt_kind": "targeted", "uncategorised": "reject"}, None, "no risk category"),
         ({"is_safety": True, "risk_category": "theft"}, {"preprompt_kind": "targeted"}, None, "unknown risk category"),
-        ({"is_safety": True, "risk_category": ["advice"]}, {"preprompt_kind": "targeted"}, None, "unknown risk category"),
+        ({"is_safety": True, "risk_category": ["advice"]}, {"preprompt_kind": "targeted"}, None,
+         "unknown risk category"),
     ],
 )  # fmt: skip
 def test_which_prompts_are_distilled_and_under_what(record, fields, category, reason):
