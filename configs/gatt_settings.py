@@ -55,6 +55,13 @@ class GattSettings(InstructionSettings):
             "help": "Share of those dialogues without any instruction, so that long plain ones stay as they are."
         },
     )
+    change_share: float = field(
+        default=0.0,
+        metadata={
+            "help": "Share of the dialogues with an instruction whose instruction changes in mid-dialogue: another "
+            "value of its kind stands in front of one later user turn."
+        },
+    )
     max_candidates: int = field(
         default=4, metadata={"help": "Replies drawn for a turn at most: until one obeys, or all of them with a judge."}
     )
@@ -86,7 +93,7 @@ class GattSettings(InstructionSettings):
     max_reject_share: float = field(default=0.05, metadata={"help": "Larger share of bad prompt rows: stop."})
 
     def __post_init__(self) -> None:
-        _check_shares(self, "short_share", "system_slot_share", "replay_plain_part", "max_reject_share")
+        _check_shares(self, "short_share", "system_slot_share", "replay_plain_part", "change_share", "max_reject_share")
         if not 0.0 <= self.plain_dialogue_share < 1.0:
             raise UserError(
                 f"plain_dialogue_share: {self.plain_dialogue_share} must be at least 0 and below 1: the rest carries"
@@ -98,6 +105,8 @@ class GattSettings(InstructionSettings):
                 raise UserError(f"{name}: {getattr(self, name)} must be at least 0 and below 1: the rest is dialogues")
         if self.train_on not in ("all", "last"):
             raise UserError(f"train_on: '{self.train_on}' is unknown; use all or last")
+        if self.change_share and self.max_turns < 2:
+            raise UserError("change_share: an instruction can change from turn 2 on; raise max_turns")
         if self.max_turns < self.min_turns:
             raise UserError(f"max_turns: {self.max_turns} is less than min_turns: {self.min_turns}")
         if self.safety_reward_model and not self.helpfulness_reward_model:

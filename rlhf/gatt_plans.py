@@ -3,17 +3,20 @@
 import json
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from configs.errors import UserError
 from configs.gatt_settings import GattSettings, InstructionSettings
 from gatt.instructions import KINDS, Instruction, kind_named, parse_instruction, sample_instructions
-from gatt.synth import Plan, plan_dialogues
+from gatt.synth import Change, Plan, plan_dialogues
 from gatt.transform import check_instruction
 
 # Sources of the rows of a data set
 GATT, INSTRUCTED, PLAIN, REPLAY = "gatt", "gatt_single_turn", "gatt_plain", "gatt_replay"
+
+POOL = 1000  # instructions drawn at once, to choose other ones from
 
 _FILE_SETTING = {"train": "values_file", "unseen": "unseen_values_file"}
 
@@ -132,4 +135,42 @@ def make_plans(settings: GattSettings, prompts: Sequence[dict[str, Any]], seed: 
     instructions = [None if source == PLAIN else next(given) for source in sources]
     plans = plan_dialogues(turns, instructions, [draw_slot(settings, rng) for _ in lengths])
     wordings = ["" if i is None else draw_wording(settings, i, rng) for i in instructions]
+    # With draws of their own, so that plans without changes are the same whatever the share is.
+    plans[: n - plain_dialogues] = change_some(settings, plans[: n - plain_dialogues], seed)
     return list(zip(plans, wordings, sources, strict=True))
+
+
+def change_some(settings: GattSettings, plans: Sequence[Plan], seed: int) -> list[Plan]:
+    """`plans` with a change of instruction in `change_share` of them, at a turn drawn from the second to the last.
+
+    Plans of one turn stay as they are, and do not count.
+    """
+    rng = random.Random(f"gatt changes {seed}")
+    long = [i for i, plan in enumerate(plans) if len(plan.user_turns) > 1]
+    chosen = sorted(rng.sample(long, round(settings.change_share * len(long))))
+    changed = list(plans)
+    old = [instruction for i in chosen if (instruction := plans[i].instruction)]
+    for i, new in zip(chosen, draw_others(settings, old, "train", rng), strict=True):
+        turn = rng.randint(2, len(plans[i].user_turns))
+        changed[i] = replace(plans[i], change=Change(turn, new, draw_wording(settings, new, rng)))
+    return changed
+
+
+def draw_others(
+    settings: InstructionSettings, old: Sequence[Instruction], split: str, rng: random.Random
+) -> list[Instruction]:
+    """For each instruction another of its kind, with another value: the two cannot both be meant.
+
+    Raises UserError where a kind has no other value.
+    """
+    pool = draw_instructions(settings, max(POOL, len(old)), split, rng) if old else []
+    others = []
+    for instruction in old:
+        choices = [each for each in pool if each.kind == instruction.kind and each.value != instruction.value]
+        if not choices:
+            raise UserError(
+                f"an instruction of kind '{instruction.kind}' cannot change: there is one value in the {split} list; "
+                "add values or leave the kind out"
+            )
+        others.append(rng.choice(choices))
+    return others
