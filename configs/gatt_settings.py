@@ -126,8 +126,25 @@ class PersistenceSettings(InstructionSettings):
         default=None,
         metadata={"help": "A second policy measured on the same dialogues, e.g. the one before the stage."},
     )
+    baseline_dir: str | None = field(
+        default=None,
+        metadata={"help": "In its place: a finished run of this script with the same settings on that policy."},
+    )
+    helpfulness_reward_model: str | None = field(
+        default=None,
+        metadata={"help": "Reward model that says how helpful replies without an instruction are; default: none."},
+    )
     num_dialogues: int = field(default=200, metadata={"help": "Dialogues for each set of values (seen, unseen)."})
-    num_turns: int = field(default=20, metadata={"help": "User turns of each dialogue."})
+    num_turns: int = field(
+        default=20, metadata={"help": "User turns of each dialogue; 0: as many as fit into max_length tokens."}
+    )
+    change_turn: int = field(
+        default=0,
+        metadata={
+            "help": "Also measure dialogues in which another instruction of the same kind takes the place of the first "
+            "at this user turn, from 2; 0: none."
+        },
+    )
     eval_temperature: float = field(default=0.6, metadata={"help": "Sampling temperature; 0 is greedy."})
     eval_top_p: float = field(default=1.0, metadata={"help": "Nucleus sampling mass."})
     eval_max_new_tokens: int = field(default=64, metadata={"help": "Tokens of a reply at most."})
@@ -145,6 +162,14 @@ class PersistenceSettings(InstructionSettings):
 
     def __post_init__(self) -> None:
         _check_shares(self, "short_share", "system_slot_share", "answer_threshold", "max_reject_share")
-        _check_positive(self, "num_dialogues", "num_turns", "eval_max_new_tokens")
+        _check_positive(self, "num_dialogues", "eval_max_new_tokens", "max_length")
+        if self.num_turns < 0:
+            raise UserError(f"num_turns: {self.num_turns}; give at least 1, or 0 for as many as fit")
+        if self.change_turn and not 2 <= self.change_turn <= (self.num_turns or self.change_turn):
+            raise UserError(
+                f"change_turn: {self.change_turn} must be from 2 to num_turns: {self.num_turns}, or 0 for no change"
+            )
+        if self.baseline_dir and self.baseline_model_name_or_path:
+            raise UserError("baseline_dir: it stands in place of baseline_model_name_or_path; leave one of them out")
         if self.answer_check not in ("gold", "none"):
             raise UserError(f"answer_check: '{self.answer_check}' is unknown; use gold or none")

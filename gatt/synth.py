@@ -49,7 +49,7 @@ Judge = Callable[[list[Message], list[str], Instruction | None], Sequence[float]
 
 @dataclass(frozen=True)
 class Change:
-    """Another instruction that takes the place of the first at user turn `turn` (from 2); `wording`: as it is learnt."""
+    """Another instruction, in the place of the first from user turn `turn` (from 2) on. `wording`: as it is learnt."""
 
     turn: int
     instruction: Instruction

@@ -59,6 +59,19 @@ def draw_user_turns(prompts: Sequence[dict[str, Any]], lengths: Sequence[int], r
     return [rng.sample(texts, n) for n in lengths]
 
 
+def draw_turns_without_end(
+    prompts: Sequence[dict[str, Any]], dialogues: int, max_length: int, rng: random.Random
+) -> list[list[str]]:
+    """For each dialogue more user texts than `max_length` tokens can hold.
+
+    Every prompt comes once before one comes again. A turn takes four tokens at least: two of the chat format, one of
+    the user, one of the reply.
+    """
+    wanted = max_length // 4 + 1
+    passes = [draw_user_turns(prompts, [len(prompts)] * dialogues, rng) for _ in range(-(-wanted // len(prompts)))]
+    return [[text for turns in each for text in turns][:wanted] for each in zip(*passes, strict=True)]
+
+
 def _read_values(path: str, setting: str) -> dict[str, list[str]]:
     try:
         values = json.loads(Path(path).read_text(encoding="utf-8"))

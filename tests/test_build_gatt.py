@@ -433,9 +433,22 @@ def test_values_files_replace_the_starter_lists(tmp_path):
 def test_settings_that_cannot_work_are_refused(more, words):
     with pytest.raises(UserError, match=words):
         GattSettings(**more)
-    for wrong in ({"num_turns": 0}, {"answer_check": "maybe"}):
-        with pytest.raises(UserError, match=next(iter(wrong))):
-            PersistenceSettings(**wrong)
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ({"num_turns": -1}, "num_turns: -1"),
+        ({"answer_check": "maybe"}, "answer_check: 'maybe'"),
+        ({"change_turn": 1}, "change_turn: 1 must be from 2"),
+        ({"change_turn": 21}, "change_turn: 21 .* num_turns: 20"),
+        ({"change_turn": -3, "num_turns": 0}, "change_turn: -3"),
+        ({"baseline_dir": "a", "baseline_model_name_or_path": "b"}, "baseline_dir: it stands in place"),
+    ],
+)
+def test_measurements_that_cannot_work_are_refused(more, words):
+    with pytest.raises(UserError, match=words):
+        PersistenceSettings(**more)
 
 
 def test_a_dialogue_longer_than_the_context_is_cut_and_counted(model_dir, prompt_file, tmp_path, monkeypatch):
