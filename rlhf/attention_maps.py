@@ -7,19 +7,24 @@ Letters: T tokens of a dialogue, S bins, H heads. A map is [query, key], each ro
 """
 
 import math
-from collections.abc import Sequence
+import random
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from configs.chat import ChatFormat
+from configs.chat import ChatFormat, ChatFormatError
 from configs.errors import UserError
+from configs.gatt_settings import PersistenceSettings
 from configs.model_settings import ModelSettings
+from configs.records import read_prompts
 from gatt.transform import Message, training_dialogue
 from rlhf.estimates import mean_with_interval
+from rlhf.gatt_plans import draw_instructions, draw_slot, draw_user_turns, draw_wording, usable_prompts
 from rlhf.models import load_policy
+from rlhf.persistence_dialogues import as_messages, opening, play
 from rlhf.token_texts import token_texts
 
 Span = tuple[int, int]  # first token, and the one behind the last
@@ -112,6 +117,49 @@ def locate(messages: Sequence[Message], wording: str, slot: str, chat_format: Ch
     question = next(m["content"] for m in messages if m["role"] == "user")
     instruction = find(texts, wording, 0)
     return Reading(encoded.input_ids, instruction, find(texts, question, instruction[1]), runs(encoded.response_mask))
+
+
+def sample_readings(
+    model: Any, chat_format: ChatFormat, prompt_file: str, settings: PersistenceSettings, seed: int = 0
+) -> list[Reading]:
+    """Dialogues that the model has with itself under an instruction in the first turn, to be read by any model.
+
+    Drawn as `rlhf/evaluate_gatt.py` draws them. A dialogue with a reply that the chat format refuses is left out.
+
+    Raises:
+        UserError: no dialogue is left.
+    """
+    prompts, _ = usable_prompts(read_prompts(prompt_file, chat_format=chat_format).rows)
+    rng = random.Random(f"attention {seed}")
+    user_turns = draw_user_turns(prompts, [settings.num_turns] * settings.num_dialogues, rng)
+    given = draw_instructions(settings, settings.num_dialogues, "train", rng)
+    worded = [(draw_wording(settings, instruction, rng), draw_slot(settings, rng)) for instruction in given]
+    pad_id = chat_format.tokenizer.pad_token_id
+    replies = play(model, chat_format, pad_id, [opening(*each) for each in worded], user_turns, settings, seed)
+    readings = []
+    for turns, texts, (wording, slot) in zip(user_turns, replies, worded, strict=True):
+        if texts and all(text.strip() for text in texts):
+            try:
+                readings.append(locate(as_messages(turns, texts), wording, slot, chat_format))
+            except ChatFormatError:
+                continue
+    if not readings:
+        raise UserError(f"{prompt_file}: the model made no dialogue that can be read; check num_turns and max_length")
+    return readings
+
+
+def compare(models: Mapping[str, Any], readings: Sequence[Reading]) -> dict[str, dict[str, list[list[float]]]]:
+    """{"the instruction" or "the first question": {model: by dialogue, by turn `to_span`}}, every model on the same."""
+    found: dict[str, dict[str, list[list[float]]]] = {"the instruction": {}, "the first question": {}}
+    for name, model in models.items():
+        largest = (max_attention(model, reading.ids) for reading in readings)  # one at a time
+        spans = [
+            (to_span(map_TT, reading.instruction, reading.replies), to_span(map_TT, reading.question, reading.replies))
+            for map_TT, reading in zip(largest, readings, strict=True)
+        ]
+        for target, curves in zip(found, zip(*spans, strict=True), strict=True):
+            found[target][name] = list(curves)
+    return found
 
 
 def find(texts: Sequence[str], wanted: str, first: int) -> Span:
