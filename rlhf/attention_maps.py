@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.utils.logging import disable_progress_bar
 
 from configs.chat import ChatFormat, ChatFormatError
 from configs.errors import UserError
@@ -23,7 +24,7 @@ from configs.records import read_prompts
 from gatt.transform import Message, training_dialogue
 from rlhf.estimates import mean_with_interval
 from rlhf.gatt_plans import draw_instructions, draw_slot, draw_user_turns, draw_wording, usable_prompts
-from rlhf.models import load_policy
+from rlhf.models import decoder_of, load_policy
 from rlhf.persistence_dialogues import as_messages, opening, play
 from rlhf.token_texts import token_texts
 
@@ -46,6 +47,7 @@ class Reading:
 
 def load_eager(path: str, device: str = "cpu") -> Any:
     """The policy at `path` with attention that can be read: sdpa and FlashAttention never hold the weights."""
+    disable_progress_bar()
     settings = ModelSettings(model_name_or_path=path, attn_implementation="eager", dtype="float32")
     return load_policy(settings, trainable=False).to(device)
 
@@ -74,7 +76,7 @@ def max_attention(model: Any, ids: Sequence[int]) -> Tensor:
 
     handles = [layer.register_forward_hook(reduce) for layer in layers]
     try:
-        model(input_ids=torch.tensor([list(ids)], device=model.device), use_cache=False, logits_to_keep=1)
+        decoder_of(model)(input_ids=torch.tensor([list(ids)], device=model.device), use_cache=False)
     finally:
         for handle in handles:
             handle.remove()

@@ -41,7 +41,8 @@ class Attentive:
 
 def measure(monkeypatch, **more):
     monkeypatch.setattr(rlhf.dialogues, "DialogueEngine", Attentive)
-    turns = [[f"q{d}{t}" for t in range(more.pop("turns", 6))] for d in range(4)]
+    length = more.pop("turns", 6)
+    turns = [[f"q{d}{t}" for t in range(length)] for d in range(4)]
     gold = more.pop("gold", lambda messages, reply: float("yes" in reply))
     reward = more.pop("reward", None)
     settings = PersistenceSettings(**{"num_dialogues": 4, "num_turns": 6, "answer_check": "gold"} | more)
@@ -193,13 +194,17 @@ def test_a_finished_run_can_be_the_baseline(inputs, tmp_path, capsys):
     assert set(whole["helpfulness_change"]) == {"reward"}
     assert whole["helpfulness_change"]["reward"]["change"] != 0
     evaluate_gatt.main([*words, "--model_name_or_path", before, "--output_dir", f"{tmp_path}/first"])
-    second = [*words, "--model_name_or_path", after, "--baseline_dir", f"{tmp_path}/first", "--output_dir"]
-    parts = evaluate_gatt.main([*second, f"{tmp_path}/second"])
+
+    def after_first(folder, first="first", *more):
+        paths = ["--baseline_dir", f"{tmp_path}/{first}", "--output_dir", f"{tmp_path}/{folder}"]
+        return evaluate_gatt.main([*words, "--model_name_or_path", after, *paths, *more])
+
+    parts = after_first("second")
     for name in ("baseline", "trained", "table_30", "helpfulness_change"):
         assert parts[name] == whole[name]
-    with pytest.raises(UserError, match="measured with another num_turns, seed"):
-        evaluate_gatt.main([*second, f"{tmp_path}/third", "--seed", "1", "--num_turns", "2"])
+    with pytest.raises(UserError, match="measured with another seed"):
+        after_first("third", "first", "--seed", "1")
     with pytest.raises(UserError, match="holds no finished run"):
-        evaluate_gatt.main([*second, f"{tmp_path}/third", "--baseline_dir", str(tmp_path)])
+        after_first("third", "none")
     assert not (tmp_path / "third").exists()
     assert json.loads((tmp_path / "both" / "plain_scores.json").read_text()).keys() == {"reward"}

@@ -39,7 +39,15 @@ def test_tokens_are_those_that_are_trained(chat):
     assert [on for _, on in shown.tokens] == [label != IGNORED for label in example["labels"]]
     assert "".join(text for text, on in shown.tokens if on).strip() == "a tree é </s>"
     everything = coloured_row(ROW | {"train_on": "all"}, chat, 400)
-    assert "".join(text for text, on in everything.tokens if on).split() == "a dog </s> a tree é </s>".split()
+    assert "".join(text for text, on in everything.tokens if on).split() == [
+        "a",
+        "dog",
+        "</s>",
+        "a",
+        "tree",
+        "é",
+        "</s>",
+    ]
     trained = sum(on for _, on in shown.tokens)
     assert shown.title == (
         "gatt, 'Act as a dog.' in the user slot of turn 1, 'Act as a tree.' at turn 2, "
