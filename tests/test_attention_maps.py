@@ -27,11 +27,11 @@ def path(tmp_path_factory):
 def test_the_largest_weight_over_layers_and_heads(path):
     model, ids = maps.load_eager(path), [5, 17, 80, 33, 9, 4]
     found = maps.max_attention(model, ids)
+    assert not any(module._forward_hooks for module in model.modules())  # nothing stays behind
     attentions = model(torch.tensor([ids]), output_attentions=True).attentions
     assert len(attentions) == 3
     torch.testing.assert_close(found, torch.stack(attentions).amax((0, 1, 2)))
     assert found.triu(1).count_nonzero() == 0
-    assert not any(module._forward_hooks for module in model.modules())  # nothing stays behind
 
 
 def test_no_two_layers_are_held(path):
