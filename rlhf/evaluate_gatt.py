@@ -47,7 +47,7 @@ from rlhf.gatt_plans import (
     draw_user_turns,
     draw_wording,
     usable_prompts,
-)  # fmt: skip
+)
 from rlhf.persistence_dialogues import Gold, Opening, Played, as_messages, asked, no_instruction, observe, opening, play
 from rlhf.persistence_helpfulness import Scorer, Scores, reward_scorer, score_played, shift
 from rlhf.persistence_tables import table_30, tables
@@ -144,10 +144,9 @@ def run_persistence(
         replies = played(openings)
         new, old = (observe(replies, user_turns, each, judged, targets) for each in (others, given))
         turns, dialogues, _ = _size(replies)
-        if turns < change_turn:
-            raise UserError(
-                f"change_turn: no dialogue came to turn {change_turn} within max_length: the most is {turns}"
-            )
+        if not any(o.turn >= change_turn for o in new):
+            logger.warning("change_turn: no dialogue came to turn %d within max_length; not measured", change_turn)
+            return None, []
         counted = [o for o in old if o.turn < change_turn] + [o for o in new if o.turn >= change_turn]
         samples = _samples(f"{name}, changed", openings, user_turns, replies, counted)
         return change_table(new, old, change_turn, turns, dialogues), samples
