@@ -3,7 +3,7 @@
 The figure shows the maximum attention over the network with neighbouring tokens binned; so does `max_attention` with
 `binned`. `to_span` reads the curve behind it: attention to the instruction by turn.
 
-Letters: T tokens of a dialogue, S bins, H heads. A map is [query, key], each row over the tokens up to the query.
+Letters: T tokens of a dialogue, Q queries and K keys of a part of it, S bins, H heads. A map is [query, key], each row over the tokens up to the query.
 """
 
 import math
@@ -88,14 +88,14 @@ def max_attention(model: Any, ids: Sequence[int]) -> Tensor:
     return largest[0].float().cpu()
 
 
-def binned(map_TT: Tensor, width: int) -> Tensor:
-    """[S, S], S = ceil(T / width): the largest entry of each block of `width` x `width` neighbours."""
-    if width < 1:
-        raise UserError(f"width: {width}; give at least one token a bin")
-    size = math.ceil(len(map_TT) / width)
-    padded = map_TT.new_zeros(size * width, size * width)
-    padded[: len(map_TT), : len(map_TT)] = map_TT
-    return padded.view(size, width, size, width).amax((1, 3))
+def binned(map_QK: Tensor, queries: int, keys: int) -> Tensor:
+    """[ceil(Q / queries), ceil(K / keys)]: the largest entry of each block of so many neighbouring queries and keys."""
+    if min(queries, keys) < 1:
+        raise UserError(f"bins of {queries} queries and {keys} keys; give at least one token a bin")
+    rows, columns = math.ceil(map_QK.shape[0] / queries), math.ceil(map_QK.shape[1] / keys)
+    padded = map_QK.new_zeros(rows * queries, columns * keys)
+    padded[: map_QK.shape[0], : map_QK.shape[1]] = map_QK
+    return padded.view(rows, queries, columns, keys).amax((1, 3))
 
 
 def to_span(map_TT: Tensor, span: Span, replies: Sequence[Span]) -> list[float]:

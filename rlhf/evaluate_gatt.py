@@ -99,6 +99,11 @@ def run_persistence(
     if settings.answer_check == "gold" and gold is None:
         raise UserError("answer_check is gold, but there is no gold score for this data; use answer_check: none")
     judged = gold if settings.answer_check == "gold" else None
+    changes: dict[str, tuple[list[Instruction], random.Random]] = {}
+    for name, split, given in (("seen", "train", instructions), ("unseen", "unseen", unseen_instructions)):
+        if settings.change_turn and given is not None:  # before any work: a kind may have no other value
+            rng = random.Random(f"gatt change {name} {seed}")
+            changes[name] = draw_others(settings, given, split, rng), rng
 
     def played(openings: Sequence[Opening]) -> Played:
         return play(model, chat_format, tokenizer.pad_token_id, openings, user_turns, settings, seed)
@@ -122,7 +127,7 @@ def run_persistence(
         openings = [opening(wording, slot) for wording, slot in worded]
         replies = played(openings)
         observations = observe(replies, user_turns, given, judged, targets)
-        table = summarise(observations, *_size(replies))
+        table = summarise(observations, *size(replies))
         if judged:
             answers = [[strip_obedience(i, text) for text in texts] for i, texts in zip(given, replies, strict=True)]
             under_instruction[name] = shift(plain_gold, score_played(golden, user_turns, answers))
@@ -135,15 +140,14 @@ def run_persistence(
     def measure_change(
         given: Sequence[Instruction], name: str, worded: Sequence[tuple[str, str]]
     ) -> tuple[dict[str, Any] | None, list[dict[str, Any]]]:
-        rng, change_turn = random.Random(f"gatt change {name} {seed}"), settings.change_turn
-        others = draw_others(settings, given, "unseen" if name == "unseen" else "train", rng)
+        (others, rng), change_turn = changes[name], settings.change_turn
         openings = [
             opening(wording, slot, (change_turn, draw_wording(settings, other, rng)))
             for (wording, slot), other in zip(worded, others, strict=True)
         ]
         replies = played(openings)
         new, old = (observe(replies, user_turns, each, judged, targets) for each in (others, given))
-        turns, dialogues, _ = _size(replies)
+        turns, dialogues, _ = size(replies)
         if not any(o.turn >= change_turn for o in new):
             logger.warning("change_turn: no dialogue came to turn %d within max_length; not measured", change_turn)
             return None, []
@@ -151,7 +155,7 @@ def run_persistence(
         samples = _samples(f"{name}, changed", openings, user_turns, replies, counted)
         return change_table(new, old, change_turn, turns, dialogues), samples
 
-    def _size(replies: Played) -> tuple[int, int, tuple[tuple[int, int], ...]]:
+    def size(replies: Played) -> tuple[int, int, tuple[tuple[int, int], ...]]:
         """Turns that the table has, dialogues, and the ranges of turns to average over."""
         if settings.num_turns:
             return max(map(len, user_turns)), len(user_turns), RANGES

@@ -59,10 +59,11 @@ def test_attention_that_cannot_be_read_is_refused(path):
 def test_bins_take_the_largest_of_their_neighbours():
     map_TT = torch.tensor([[0.9, 0.0, 0.0], [0.3, 0.7, 0.0], [0.2, 0.4, 0.4]])
     # Two tokens a bin, the last bin has one: {0, 1} x {0, 1} has 0.9, {2} x {0, 1} 0.4, {2} x {2} 0.4
-    torch.testing.assert_close(maps.binned(map_TT, 2), torch.tensor([[0.9, 0.0], [0.4, 0.4]]))
-    torch.testing.assert_close(maps.binned(map_TT, 1), map_TT)
-    with pytest.raises(UserError, match="width: 0"):
-        maps.binned(map_TT, 0)
+    torch.testing.assert_close(maps.binned(map_TT, 2, 2), torch.tensor([[0.9, 0.0], [0.4, 0.4]]))
+    torch.testing.assert_close(maps.binned(map_TT, 1, 1), map_TT)
+    torch.testing.assert_close(maps.binned(map_TT[:, :2], 2, 1), torch.tensor([[0.9, 0.7], [0.2, 0.4]]))
+    with pytest.raises(UserError, match="bins of 2 queries and 0 keys"):
+        maps.binned(map_TT, 2, 0)
 
 
 def test_a_reply_attends_from_the_tokens_that_predict_it():
@@ -107,8 +108,14 @@ def test_figures():
     assert before.images[0].get_clim() == after.images[0].get_clim() == (0, 1)
     assert [label.get_text() for label in before.get_xticklabels()] == ["1", "2"]
     assert scale.get_ylabel() == "largest attention weight"
+    strips = {"before": torch.tensor([[1.0, 0.2, 0.1]]), "after": torch.tensor([[1.0, 0.3, 0.4]])}
+    strip, other, _ = figures.beginning(strips, reading, 2, ["<s>", "Act", "$x$"]).axes
+    assert strip.images[0].get_clim() == other.images[0].get_clim() == pytest.approx((0, 0.4))  # not the first token
+    assert [line.get_xdata()[0] for line in strip.lines] == [1, 3]
+    assert [label.get_text() for label in strip.get_xticklabels()] == ["<s>", "Act", "$x$"]
     points = {"before": {1: (0.5, 0.1), 2: (0.25, 0.1)}, "after": {1: (0.5, 0.0)}}
     (axis,) = figures.curves({"the instruction": points}).axes
     assert [list(line.get_ydata()) for line in axis.lines] == [[0.5, 0.25], [0.5]]
+    assert axis.get_ylim() == pytest.approx((0, 0.63))  # 1.05 times 0.5 + 0.1: no band is cut
     assert axis.get_title(loc="left") == "to the instruction"
-    assert figures.maps({}, reading, 2) is figures.curves({}) is None
+    assert figures.maps({}, reading, 2) is figures.beginning({}, reading, 2, []) is figures.curves({}) is None

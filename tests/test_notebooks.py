@@ -174,7 +174,7 @@ def gatt_run(tmp_path_factory):
 def test_the_attention_notebook_shows_both_models_on_the_same_dialogues(gatt_run):
     small = {"DIALOGUES": "2", "TURNS": "2", "MAX_LENGTH": "512"}
     notebook = execute("gatt_attention", RUN=str(gatt_run), **small)
-    assert len(outputs(notebook, "image/png")) == 2
+    assert len(outputs(notebook, "image/png")) == 3  # the map, its left edge, the curves
     (said,) = outputs(notebook, "stdout")
     assert "2 dialogues of" in said
     for target in ("the instruction", "the first question"):
