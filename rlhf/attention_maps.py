@@ -3,7 +3,8 @@
 The figure shows the maximum attention over the network with neighbouring tokens binned; so does `max_attention` with
 `binned`. `to_span` reads the curve behind it: attention to the instruction by turn.
 
-Letters: T tokens of a dialogue, Q queries and K keys of a part of it, S bins, H heads. A map is [query, key], each row over the tokens up to the query.
+Letters: T tokens of a dialogue, Q queries and K keys of a part of it, S bins, H heads. A map is [query, key], each row
+over the tokens up to the query.
 """
 
 import math
