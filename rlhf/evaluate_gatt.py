@@ -276,8 +276,8 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
     write_atomic(Path(run_settings.output_dir, PLAIN_SCORES), json.dumps(plain["trained"]))
     summary["table_30"] = table_30(summary)
     console = Console()
-    for table in tables(summary):
-        console.print(table.rich(), table.note, "")
+    for each in tables(summary):
+        console.print(each.rich(), each.note, "")
     summary["seconds"] = round(time.monotonic() - started, 1)
     return run.finish(summary)
 

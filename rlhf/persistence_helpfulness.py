@@ -30,11 +30,11 @@ def shift(before: Sequence[Sequence[float]], after: Sequence[Sequence[float]]) -
     both = [(b[: len(a)], a[: len(b)]) for b, a in zip(before, after, strict=True) if b and a]
     if not both:
         return None
-    means = [[sum(scores) / len(scores) for scores in side] for side in zip(*both, strict=True)]
-    change, (low, high) = paired_bootstrap(*means)
+    first, then = ([sum(scores) / len(scores) for scores in side] for side in zip(*both, strict=True))
+    change, (low, high) = paired_bootstrap(first, then)
     return {
-        "before": sum(means[0]) / len(both),
-        "after": sum(means[1]) / len(both),
+        "before": sum(first) / len(both),
+        "after": sum(then) / len(both),
         "change": change,
         "ci95": [low, high],
         "dialogues": len(both),
