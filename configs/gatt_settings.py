@@ -67,6 +67,13 @@ class GattSettings(InstructionSettings):
             "help": "Share of those dialogues without any instruction, so that long plain ones stay as they are."
         },
     )
+    change_share: float = field(
+        default=0.0,
+        metadata={
+            "help": "Share of the dialogues with an instruction whose instruction changes in mid-dialogue: another "
+            "value of its kind stands in front of one later user turn."
+        },
+    )
     max_candidates: int = field(
         default=4, metadata={"help": "Replies drawn for a turn at most: until one obeys, or all of them with a judge."}
     )
@@ -98,7 +105,7 @@ class GattSettings(InstructionSettings):
     max_reject_share: float = field(default=0.05, metadata={"help": "Larger share of bad prompt rows: stop."})
 
     def __post_init__(self) -> None:
-        _check_shares(self, "short_share", "system_slot_share", "replay_plain_part", "max_reject_share")
+        _check_shares(self, "short_share", "system_slot_share", "replay_plain_part", "change_share", "max_reject_share")
         if not 0.0 <= self.plain_dialogue_share < 1.0:
             raise UserError(
                 f"plain_dialogue_share: {self.plain_dialogue_share} must be at least 0 and below 1: the rest carries"
@@ -110,6 +117,8 @@ class GattSettings(InstructionSettings):
                 raise UserError(f"{name}: {getattr(self, name)} must be at least 0 and below 1: the rest is dialogues")
         if self.train_on not in ("all", "last"):
             raise UserError(f"train_on: '{self.train_on}' is unknown; use all or last")
+        if self.change_share and self.max_turns < 2:
+            raise UserError("change_share: an instruction can change from turn 2 on; raise max_turns")
         if self.max_turns < self.min_turns:
             raise UserError(f"max_turns: {self.max_turns} is less than min_turns: {self.min_turns}")
         if self.safety_reward_model and not self.helpfulness_reward_model:
@@ -129,8 +138,25 @@ class PersistenceSettings(InstructionSettings):
         default=None,
         metadata={"help": "A second policy measured on the same dialogues, e.g. the one before the stage."},
     )
+    baseline_dir: str | None = field(
+        default=None,
+        metadata={"help": "In its place: a finished run of this script with the same settings on that policy."},
+    )
+    helpfulness_reward_model: str | None = field(
+        default=None,
+        metadata={"help": "Reward model that says how helpful replies without an instruction are; default: none."},
+    )
     num_dialogues: int = field(default=200, metadata={"help": "Dialogues for each set of values (seen, unseen)."})
-    num_turns: int = field(default=20, metadata={"help": "User turns of each dialogue."})
+    num_turns: int = field(
+        default=20, metadata={"help": "User turns of each dialogue; 0: as many as fit into max_length tokens."}
+    )
+    change_turn: int = field(
+        default=0,
+        metadata={
+            "help": "Also measure dialogues in which another instruction of the same kind takes the place of the first "
+            "at this user turn, from 2; 0: none."
+        },
+    )
     eval_temperature: float = field(default=0.6, metadata={"help": "Sampling temperature; 0 is greedy."})
     eval_top_p: float = field(default=1.0, metadata={"help": "Nucleus sampling mass."})
     eval_max_new_tokens: int = field(default=64, metadata={"help": "Tokens of a reply at most."})
@@ -148,6 +174,14 @@ class PersistenceSettings(InstructionSettings):
 
     def __post_init__(self) -> None:
         _check_shares(self, "short_share", "system_slot_share", "answer_threshold", "max_reject_share")
-        _check_positive(self, "num_dialogues", "num_turns", "eval_max_new_tokens", "max_constraints")
+        _check_positive(self, "num_dialogues", "eval_max_new_tokens", "max_length", "max_constraints")
+        if self.num_turns < 0:
+            raise UserError(f"num_turns: {self.num_turns}; give at least 1, or 0 for as many as fit")
+        if self.change_turn and not 2 <= self.change_turn <= (self.num_turns or self.change_turn):
+            raise UserError(
+                f"change_turn: {self.change_turn} must be from 2 to num_turns: {self.num_turns}, or 0 for no change"
+            )
+        if self.baseline_dir and self.baseline_model_name_or_path:
+            raise UserError("baseline_dir: it stands in place of baseline_model_name_or_path; leave one of them out")
         if self.answer_check not in ("gold", "none"):
             raise UserError(f"answer_check: '{self.answer_check}' is unknown; use gold or none")

@@ -8,8 +8,9 @@ Pure functions. One `Observation` is one reply; turns count from 1.
 """
 
 import math
+import statistics
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from configs.errors import UserError
 from configs.intervals import Z_95, wilson
@@ -74,15 +75,41 @@ def range_mean(observations: Sequence[Observation], first: int, last: int) -> di
     for o in chosen:
         step = (o.counts - shares[o.turn]) / table[o.turn][1] / len(shares)
         influence[o.dialogue] = influence.get(o.dialogue, 0.0) + step
+    low, high = _clustered(mean, list(influence.values()))
+    return {"mean": mean, "low": low, "high": high, "turns": len(shares)}
+
+
+def _clustered(mean: float, influence: Sequence[float]) -> tuple[float, float]:
+    """The interval of `range_mean` from d_i, one a dialogue."""
     dialogues = len(influence)
-    variance = sum(d * d for d in influence.values()) * dialogues / max(dialogues - 1, 1)
+    variance = sum(d * d for d in influence) * dialogues / max(dialogues - 1, 1)
     if variance < 1e-18:
         low, high = wilson(round(mean * dialogues), dialogues)
-        low, high = min(low, mean), max(high, mean)
-    else:
-        half = Z_95 * math.sqrt(variance)
-        low, high = max(0.0, mean - half), min(1.0, mean + half)
-    return {"mean": mean, "low": low, "high": high, "turns": len(shares)}
+        return min(low, mean), max(high, mean)
+    half = Z_95 * math.sqrt(variance)
+    return max(0.0, mean - half), min(1.0, mean + half)
+
+
+def last_turn(observations: Sequence[Observation]) -> dict | None:
+    """Share of dialogues whose last reply counts: at the context limit, where dialogues were played that far.
+
+    Returns:
+        {"share", "ci95": Wilson's interval over dialogues, "dialogues", "turns": {"fewest", "median", "most"}}; None
+        for no reply at all.
+    """
+    last: dict[int, Observation] = {}
+    for o in observations:
+        if o.dialogue not in last or o.turn > last[o.dialogue].turn:
+            last[o.dialogue] = o
+    if not last:
+        return None
+    hits, turns = sum(o.counts for o in last.values()), sorted(o.turn for o in last.values())
+    return {
+        "share": hits / len(last),
+        "ci95": list(wilson(hits, len(last))),
+        "dialogues": len(last),
+        "turns": {"fewest": turns[0], "median": statistics.median(turns), "most": turns[-1]},
+    }
 
 
 def summarise(
@@ -99,7 +126,9 @@ def summarise(
         {"1": share, ..., str(turns): share,        None where no dialogue reached the turn
          "ci95": {"1": [low, high], ...},
          "mean": {"1-20": {"mean", "low", "high", "turns"}, ...},
-         "by_kind": {kind: {"1": share, ...}},
+         "last_turn": see `last_turn`,
+         "by_kind": {kind: {"1": share, ...}}, "by_kind_ci95": {kind: {"1": [low, high], ...}},
+         "by_kind_mean": {kind: {"1-20": {"mean", "low", "high", "turns"}, ...}},
          "obeyed": {"1": share, ...}, "answered": {"1": share, ...}   the two conditions apart,
          "dialogues": int, "missing": {turn: dialogues that never reached it}}
 
@@ -116,9 +145,16 @@ def summarise(
     summary["ci95"] = {str(t): list(wilson(*table.get(t, (0, 0)))) for t in numbers}
     spans = [(first, min(last, turns)) for first, last in ranges if first <= turns]
     summary["mean"] = {f"{first}-{last}": range_mean(observations, first, last) for first, last in spans}
-    summary["by_kind"] = {
-        kind: {str(t): _share(cell) for t, cell in by_turn(o for o in observations if o.kind == kind).items()}
-        for kind in sorted({o.kind for o in observations})
+    summary["last_turn"] = last_turn(observations)
+    kinds = {kind: [o for o in observations if o.kind == kind] for kind in sorted({o.kind for o in observations})}
+    cells = {kind: by_turn(chosen) for kind, chosen in kinds.items()}
+    summary["by_kind"] = {kind: {str(t): _share(cell) for t, cell in table.items()} for kind, table in cells.items()}
+    summary["by_kind_ci95"] = {
+        kind: {str(t): list(wilson(*cell)) for t, cell in table.items()} for kind, table in cells.items()
+    }
+    summary["by_kind_mean"] = {
+        kind: {f"{first}-{last}": range_mean(chosen, first, last) for first, last in spans}
+        for kind, chosen in kinds.items()
     }
     summary["obeyed"] = _condition_share(observations, turns, "obeyed")
     summary["answered"] = _condition_share(observations, turns, "answer_ok")
@@ -138,3 +174,35 @@ def _condition_share(observations: Sequence[Observation], turns: int, attribute:
         values = [getattr(o, attribute) for o in observations if o.turn == turn]
         shares[str(turn)] = sum(values) / len(values) if values else None
     return shares
+
+
+def since(observations: Iterable[Observation], change_turn: int) -> list[Observation]:
+    """The replies from `change_turn` on, their turns counted from there (the turn of the change is 1)."""
+    return [replace(o, turn=o.turn - change_turn + 1) for o in observations if o.turn >= change_turn]
+
+
+def change_table(
+    new: Sequence[Observation], old: Sequence[Observation], change_turn: int, turns: int, dialogues: int
+) -> dict:
+    """What becomes of two instructions where the second takes the place of the first at `change_turn`.
+
+    Args:
+        new: every reply judged by the second instruction; what stands before the change is left out.
+        old: every reply judged by the first one.
+        turns: turns a dialogue was meant to have.
+        dialogues: dialogues that were started.
+
+    Returns:
+        {"turn": change_turn,
+         "new": `summarise` of the second instruction, turns counted from the change,
+         "old_before": `range_mean` of the first one before the change,
+         "old_after": of how far it still shows in replies after it, answered or not: 0 where the change is complete}
+    """
+    shown = [replace(o, answer_ok=True) for o in since(old, change_turn)]
+    after = turns - change_turn + 1
+    return {
+        "turn": change_turn,
+        "new": summarise(since(new, change_turn), after, dialogues, ((1, after),)),
+        "old_before": range_mean(old, 1, change_turn - 1),
+        "old_after": range_mean(shown, 1, after),
+    }

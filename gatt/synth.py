@@ -3,7 +3,8 @@
 All open dialogues get one draft a step, so that an engine can batch over them and keep their prefixes; a dialogue whose
 draft does not obey draws again while the others go on, up to `max_candidates` drafts a turn. Where none obeys, it ends
 before that turn: what it has is kept, the reason is recorded. The instruction stands on every user turn while sampling;
-the dialogues come out plain, and `training_record` puts it back into the first turn only.
+the dialogues come out plain, and `training_record` puts it back into the first turn only. A plan may have another
+instruction take the first one's place at a later turn.
 
 Nothing here samples, logs or reads files: `reply` and `judge` are passed in.
 """
@@ -47,12 +48,26 @@ Judge = Callable[[list[Message], list[str], Instruction | None], Sequence[float]
 
 
 @dataclass(frozen=True)
+class Change:
+    """Another instruction, in the place of the first from user turn `turn` (from 2) on. `wording`: as it is learnt."""
+
+    turn: int
+    instruction: Instruction
+    wording: str
+
+
+@dataclass(frozen=True)
 class Plan:
     """One dialogue to make: user turns, instruction (None: a plain dialogue), the slot that carries it at turn 1."""
 
     user_turns: tuple[str, ...]
     instruction: Instruction | None
     slot: str
+    change: Change | None = None
+
+    def in_force(self, turn: int) -> Instruction | None:
+        """The instruction that holds at `turn` (from 1)."""
+        return self.change.instruction if self.change and turn >= self.change.turn else self.instruction
 
 
 @dataclass
@@ -76,11 +91,18 @@ class Dialogue:
         """Finished exchanges."""
         return len(self.messages) // 2
 
+    @property
+    def change(self) -> Change | None:
+        """The plan's change of instruction, where the dialogue came as far."""
+        change = self.plan.change
+        return change if change and change.turn <= self.turns else None
+
     def record(self, wording: str) -> dict:
         """The training row, {"messages", "train_on"}; `wording`: the instruction as the model will learn it."""
         if self.plan.instruction is None:
             return {"messages": [dict(m) for m in self.messages], "train_on": "all"}
-        return training_record(self.messages, wording, self.plan.slot, [True] * self.turns)
+        new = (self.change.turn, self.change.wording) if self.change else None
+        return training_record(self.messages, wording, self.plan.slot, [True] * self.turns, new)
 
 
 def plan_dialogues(
@@ -155,13 +177,22 @@ class _Maker:
         plain = [*self.dialogue.messages, self.user_turn()]
         if plan.instruction is None:
             return plain
-        return with_instruction_everywhere(plain, plan.instruction.text, plan.slot)
+        new = (plan.change.turn, plan.change.instruction.text) if plan.change else None
+        return with_instruction_everywhere(plain, plan.instruction.text, plan.slot, new)
+
+    def obeyed(self, text: str, obeys: Callable[[Instruction, str], bool]) -> bool:
+        """Whether a reply obeys the instruction that holds, and no longer the one whose place that took."""
+        plan, turn = self.dialogue.plan, self.dialogue.turns + 1
+        now = plan.in_force(turn)
+        if now is None or plan.instruction is None:
+            return True
+        return obeys(now, text) and (now is plan.instruction or not obeys(plan.instruction, text))
 
     def take(
         self, draft: Draft, obeys: Callable[[Instruction, str], bool], max_candidates: int, judge: Judge | None
     ) -> None:
         """One more draft of the current turn: draw again, keep one and go on, or end the dialogue here."""
-        dialogue, instruction = self.dialogue, self.dialogue.plan.instruction
+        dialogue = self.dialogue
         if draft.problem == "too_long":  # nothing was sampled, and another draft would find no more room
             if not self.drafts:
                 dialogue.cut = "too_long"
@@ -169,7 +200,7 @@ class _Maker:
         else:
             # A tag of the chat format inside a reply would make a row that no reader accepts.
             fine = not draft.problem and bool(draft.text.strip()) and not any(tag in draft.text for tag in SPECIAL_TAGS)
-            fine = fine and (instruction is None or obeys(instruction, draft.text))
+            fine = fine and self.obeyed(draft.text, obeys)
             if not self.drafts:
                 dialogue.first_draft_obeyed.append(fine)
             dialogue.drafts += 1
@@ -181,7 +212,7 @@ class _Maker:
         if not self.passed:
             dialogue.cut = self.drafts[-1].problem or "disobeyed"
             return
-        best = _best(self.context(), self.passed, instruction, judge)
+        best = _best(self.context(), self.passed, dialogue.plan.in_force(dialogue.turns + 1), judge)
         dialogue.messages += [self.user_turn(), {"role": "assistant", "content": best}]
         self.drafts, self.passed = [], []
 

@@ -12,6 +12,13 @@ reply was, the n prefixes of the dialogue are n such samples, and they share the
 
 so one row does the work of n. Rows say which case they are: `train_on` is "all" then and "last" otherwise.
 
+Beyond the paper, whose dialogues have one instruction: at user turn c another one, `new`, may take its place.
+
+    sampling context    u1+inst, a1, ..., uc+new, ac, u(c+1)+new, a(c+1), ...
+    training dialogue   u1+inst, a1, ..., uc+new, ac, u(c+1),     a(c+1), ...
+
+Each reply is sampled under the instruction that holds at its own turn, so the same equation says which may carry loss.
+
 Pure functions of lists; a message is {"role", "content"}, a mask holds True where the token counts.
 """
 
@@ -20,6 +27,7 @@ from collections.abc import Callable, Sequence
 from configs.errors import UserError
 
 Message = dict[str, str]
+NewInstruction = tuple[int, str]  # (user turn c, from 2, at which it takes the first one's place; its wording)
 SLOTS = ("system", "user")
 TRAIN_ON = ("all", "last")
 SPECIAL_TAGS = ("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>")
@@ -49,23 +57,32 @@ def _turns(messages: Sequence[Message]) -> tuple[list[Message], list[Message]]:
     return system, rest
 
 
-def _place(messages: Sequence[Message], instruction: str, slot: str, every_turn: bool) -> list[Message]:
+def _place(
+    messages: Sequence[Message], instruction: str, slot: str, every_turn: bool, new: NewInstruction | None
+) -> list[Message]:
     check_instruction(instruction)
     if slot not in SLOTS:
         raise UserError(f"unknown instruction slot '{slot}'; use one of: {', '.join(SLOTS)}")
+    change_turn, new_wording = new or (0, "")
+    if new is not None:
+        check_instruction(new_wording)
+        if change_turn < 2:
+            raise UserError(f"the instruction cannot change at turn {change_turn}; it can from turn 2 on")
     system, rest = _turns(messages)
     if slot == "system":
         # A system message of the dialogue's own stays in front; the instruction follows it.
         text = " ".join([*(m["content"] for m in system), instruction])
         system = [{"role": "system", "content": text}]
-    for index, message in enumerate(rest):
-        first = index == 0
-        if message["role"] == "user" and ((first and slot == "user") or (not first and every_turn)):
-            message["content"] = f"{instruction} {message['content']}"
+    for turn, message in enumerate(rest[::2], 1):
+        in_force = new_wording if new is not None and turn >= change_turn else instruction
+        if turn == change_turn or (slot == "user" if turn == 1 else every_turn):
+            message["content"] = f"{in_force} {message['content']}"
     return system + rest
 
 
-def with_instruction_everywhere(messages: Sequence[Message], instruction: str, slot: str) -> list[Message]:
+def with_instruction_everywhere(
+    messages: Sequence[Message], instruction: str, slot: str, new: NewInstruction | None = None
+) -> list[Message]:
     """The sampling context: `instruction` concatenated to every user message (steps 2 and 3 of §3.3).
 
     Args:
@@ -73,19 +90,26 @@ def with_instruction_everywhere(messages: Sequence[Message], instruction: str, s
         instruction: the wording to add.
         slot: where turn 1 carries it: "system" (the system message) or "user" (in front of the user's text). Later
             turns have no system slot and always carry it in front of the user's text.
+        new: another instruction that every user message from its turn on carries instead; a dialogue that has not
+            come to that turn is as without it.
 
     Raises:
-        UserError: an empty instruction, one with a special tag, an unknown slot, no user turn, or a wrong role order.
+        UserError: an empty instruction, one with a special tag, an unknown slot, no user turn, a wrong role order, or
+            a change before turn 2.
     """
-    return _place(messages, instruction, slot, every_turn=True)
+    return _place(messages, instruction, slot, every_turn=True, new=new)
 
 
-def training_dialogue(messages: Sequence[Message], instruction: str, slot: str) -> list[Message]:
+def training_dialogue(
+    messages: Sequence[Message], instruction: str, slot: str, new: NewInstruction | None = None
+) -> list[Message]:
     """The training sample: `instruction` in the first user turn (or the system slot) only (step 4 of §3.3).
+
+    `new` likewise stands in front of the user's text at its own turn only.
 
     Arguments and errors as `with_instruction_everywhere`; `messages` is the plain dialogue without the instruction.
     """
-    return _place(messages, instruction, slot, every_turn=False)
+    return _place(messages, instruction, slot, every_turn=False, new=new)
 
 
 def last_reply_mask(response_mask_T: Sequence[bool]) -> list[bool]:
@@ -126,13 +150,19 @@ def last_turn_samples(messages: Sequence[Message]) -> list[list[Message]]:
 
 
 def training_record(
-    messages: Sequence[Message], instruction: str, slot: str, sampled_under_instruction: Sequence[bool]
+    messages: Sequence[Message],
+    instruction: str,
+    slot: str,
+    sampled_under_instruction: Sequence[bool],
+    new: NewInstruction | None = None,
 ) -> dict:
     """One conversational row, {"messages", "train_on"}.
 
     Args:
         messages: the plain dialogue; it ends with a reply.
-        sampled_under_instruction: for each reply, whether it was sampled with the instruction in sight of its own turn.
+        sampled_under_instruction: for each reply, whether it was sampled with the instruction in sight of its own turn
+            (from the turn of `new` on: with that one).
+        new: another instruction from a later turn on, see `with_instruction_everywhere`.
 
     Returns:
         `train_on` is "all" where every reply was sampled so (the shared-prefix row of the module's docstring), else
@@ -149,20 +179,26 @@ def training_record(
     if not sampled_under_instruction[-1]:
         raise UserError("the last reply was not sampled under the instruction; training on it would teach to forget it")
     train_on = "all" if all(sampled_under_instruction) else "last"
-    return {"messages": training_dialogue(messages, instruction, slot), "train_on": train_on}
+    return {"messages": training_dialogue(messages, instruction, slot, new), "train_on": train_on}
 
 
 def shorten(
-    messages: Sequence[Message], train_on: str, count_tokens: Callable[[list[Message]], int], max_tokens: int
+    messages: Sequence[Message],
+    train_on: str,
+    count_tokens: Callable[[list[Message]], int],
+    max_tokens: int,
+    change_turn: int | None = None,
 ) -> list[Message]:
     """Shortens a training dialogue to `max_tokens` by whole exchanges; the first turn, with the instruction, stays.
 
     A row "all" loses exchanges at its end (each reply left keeps the exact prefix it was sampled after). A row "last"
-    loses its oldest exchanges behind the first one, since the last reply is what it trains.
+    loses its oldest exchanges behind the first one, since the last reply is what it trains; the exchange of
+    `change_turn`, which holds the instruction of that reply, stays as well.
 
     Args:
         messages: a training dialogue that ends with a reply.
         count_tokens: tokens of a dialogue in the chat format.
+        change_turn: the user turn, from 2, at which another instruction stands; None for a dialogue with one.
 
     Raises:
         UserError: not even the smallest such dialogue fits.
@@ -170,16 +206,23 @@ def shorten(
     if train_on not in TRAIN_ON:
         raise UserError(f"unknown train_on '{train_on}'; use one of: {', '.join(TRAIN_ON)}")
     system, rest = _turns(messages)
-    exchanges = [rest[i : i + 2] for i in range(0, len(rest), 2)]
+    kept = list(range(1, len(rest) // 2 + 1))  # turns
+    may_go = kept[:0:-1] if train_on == "all" else [turn for turn in kept[1:-1] if turn != change_turn]
     while True:
-        kept = system + [message for exchange in exchanges for message in exchange]
-        size = count_tokens(kept)
+        dialogue = system + [message for turn in kept for message in rest[2 * turn - 2 : 2 * turn]]
+        size = count_tokens(dialogue)
         if size <= max_tokens:
-            return kept
-        smallest = 1 if train_on == "all" else min(2, len(rest) // 2)
-        if len(exchanges) <= smallest:
+            return dialogue
+        if not may_go:
             raise UserError(
                 f"the shortest training dialogue that keeps the instruction has {size} tokens, more than the "
                 f"{max_tokens} allowed; raise max_length or use shorter prompts"
             )
-        del exchanges[-1 if train_on == "all" else 1]
+        kept.remove(may_go.pop(0))
+
+
+def change_turn_after_shortening(change_turn: int, before: int, after: int, train_on: str) -> int | None:
+    """Where the new instruction stands once `shorten` left `after` of `before` turns; None where its turn is gone."""
+    if train_on == "all":
+        return change_turn if change_turn <= after else None
+    return change_turn - min(before - after, change_turn - 2)  # the oldest turns between the first and it went first

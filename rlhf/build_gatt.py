@@ -12,6 +12,8 @@ Then `rlhf/sft.py --train_files runs/gatt-data/gatt.jsonl`. What differs from th
 4. Single turns of the same policy, obeying an instruction or plain, and a few long dialogues without any instruction
    are mixed in, so that turn 1 and plain helpfulness stay.
 
+5. `change_share` of the dialogues get a second instruction in mid-dialogue (the paper did not teach that).
+
 Every chunk is a shard that is written in one piece: a build that was killed goes on behind its last shard, with the
 rows that an undisturbed build gives.
 """
@@ -37,7 +39,7 @@ from configs.records import read_dialogues, read_prompts, write_jsonl
 from configs.sampling_settings import SamplingSettings
 from gatt.instructions import obeys
 from gatt.synth import Dialogue, Judge, Plan, counts, obedience_by_turn, synthesise
-from gatt.transform import shorten
+from gatt.transform import change_turn_after_shortening, shorten
 from rlhf import cli
 from rlhf.gatt_plans import GATT, INSTRUCTED, PLAIN, REPLAY, check_encodable, make_plans, usable_prompts
 from rlhf.run import RunFolder, write_atomic
@@ -56,16 +58,23 @@ def make_record(
     row = dialogue.record(wording)
     if source == GATT:
         row["train_on"] = train_on
+    change = dialogue.change
     try:
         fitting = shorten(
-            row["messages"], row["train_on"], lambda m: len(chat_format.encode_dialogue(m).input_ids), max_length
-        )
+            row["messages"], row["train_on"], lambda m: len(chat_format.encode_dialogue(m).input_ids), max_length,
+            change.turn if change else None,
+        )  # fmt: skip
     except UserError as error:  # a reply whose text poses as a special token, or one exchange longer than the limit
         return None, 0, str(error)
     left_out = (len(row["messages"]) - len(fitting)) // 2
     instruction = dialogue.plan.instruction
     given = None if instruction is None else {**instruction.record(), "wording": wording, "slot": dialogue.plan.slot}
-    return {**row, "messages": fitting, "instruction": given, "source": source}, left_out, ""
+    made = {**row, "messages": fitting, "instruction": given, "source": source}
+    if change:
+        turn = change_turn_after_shortening(change.turn, dialogue.turns, dialogue.turns - left_out, row["train_on"])
+        if turn is not None:
+            made["change"] = {"turn": turn, **change.instruction.record(), "wording": change.wording}
+    return made, left_out, ""
 
 
 def reward_judge(
@@ -174,6 +183,7 @@ def summarise(rows: Sequence[dict[str, Any]], replayed: int) -> dict[str, Any]:
         "rows": len(kept) + replayed,
         "rows_by_source": dict(Counter(r["source"] for r in kept)) | ({REPLAY: replayed} if replayed else {}),
         "rows_by_kind": dict(Counter(r["instruction"]["kind"] for r in kept if r["instruction"])),
+        "rows_with_change": sum("change" in r for r in kept),
         "rows_by_turns": dict(sorted(Counter(sum(m["role"] == "user" for m in r["messages"]) for r in kept).items())),
         **total,
         "rows_refused": dict(Counter(row["refused"] for row in rows if row["refused"])),
@@ -203,6 +213,7 @@ One JSON object a line in `gatt.jsonl`:
 - `train_on`: `all` (loss on every reply) or `last` (on the last reply only; for TRL, split it off as `completion`);
 - `instruction`: kind, value, both wordings, the wording and slot used, and the `parts` of a combination; null in plain
   rows;
+- `change`, in rows whose instruction changes: the user turn (from 1) that names the new one, and the new one;
 - `source`: `{GATT}`; `{INSTRUCTED}`, single turns of that policy; `{PLAIN}`, its single turns and dialogues without an
   instruction; `{REPLAY}`, mixed in.
 
@@ -259,7 +270,8 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
     ]
     prompts, prompt_counts = usable_prompts([row for rows in read for row in rows])
     plans = make_plans(gatt, prompts, run_settings.seed)
-    check_encodable([plan.instruction for plan, _, _ in plans], chat_format)
+    changes = [plan.change.instruction for plan, _, _ in plans if plan.change]
+    check_encodable([*(plan.instruction for plan, _, _ in plans), *changes], chat_format)
 
     content = {k: v for k, v in settings.items() if k not in ("output_dir", "report_to", "logging_steps", "resume")}
     content["data"] = [data_fingerprint(path) for path in gatt.prompt_files]

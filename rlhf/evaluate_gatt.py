@@ -8,7 +8,13 @@ its own replies. A turn counts as obeyed only if the reply obeys by the kind's c
 also answers: the gold helpfulness of the reply, what only obeys left out, is at least `answer_threshold` of that of the
 reply which the same policy gives at the same turn of the same user turns without the instruction (a dialogue of its
 own replies, sampled with the same seeds). A dialogue that fills the context stops there; its later turns are reported
-as missing.
+as missing. `num_turns: 0` plays every dialogue until then.
+
+`change_turn: 10` plays the dialogues once more, with another instruction of the same kind in front of the user's text
+at turn 10: how many replies obey it from there on, and how many still obey the first.
+
+Helpfulness: the replies of the dialogues without an instruction, policy against baseline, by gold scores or by
+`helpfulness_reward_model`; by gold scores also what is left of the replies under an instruction against those.
 """
 
 import sys
@@ -17,9 +23,11 @@ from pathlib import Path
 if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # launched by path, Python puts rlhf/ first
 
+import json
+import logging
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -28,80 +36,30 @@ from configs.errors import UserError
 from configs.gatt_settings import PersistenceSettings
 from configs.model_settings import ModelSettings, RunSettings
 from configs.records import read_prompts
-from configs.sampling_settings import SamplingSettings
-from gatt.instructions import obeys, strip_obedience
+from gatt.instructions import strip_obedience
 from gatt.kinds import Instruction
-from gatt.persistence import Observation, summarise
-from gatt.synth import Draft
-from gatt.transform import Message, training_dialogue
+from gatt.persistence import Observation, change_table, summarise
 from rlhf import cli
-from rlhf.gatt_plans import draw_instructions, draw_slot, draw_user_turns, draw_wording, usable_prompts
-from rlhf.run import RunFolder
+from rlhf.gatt_plans import (
+    check_encodable,
+    draw_instructions,
+    draw_others,
+    draw_slot,
+    draw_turns_without_end,
+    draw_user_turns,
+    draw_wording,
+    usable_prompts,
+)
+from rlhf.persistence_dialogues import Gold, Opening, Played, as_messages, asked, no_instruction, observe, opening, play
+from rlhf.persistence_helpfulness import Scorer, Scores, reward_scorer, score_played, shift
+from rlhf.persistence_tables import table_30, tables
+from rlhf.run import RunFolder, saved_settings, write_atomic
+
+logger = logging.getLogger(__name__)
 
 RANGES = ((1, 20), (2, 20), (6, 20))  # turns averaged over
-Gold = Callable[[list[Message], str], float]  # (dialogue that ends with the user's message, reply) -> [0, 1]
-Played = list[list[str]]  # replies by dialogue, by turn; a dialogue that filled the context has fewer
-
-
-def play(
-    model: Any,
-    chat_format: ChatFormat,
-    pad_id: int,
-    openings: Sequence[Callable[[list[Message]], list[Message]]],
-    user_turns: Sequence[Sequence[str]],
-    settings: PersistenceSettings,
-    seed: int,
-) -> Played:
-    """Plays every dialogue to its end or to the context limit; `openings[d]` puts dialogue d's instruction into turn
-    1.
-    """
-    from rlhf.dialogues import DialogueEngine
-
-    sampling = SamplingSettings(
-        temperature=settings.eval_temperature, top_p=settings.eval_top_p, max_new_tokens=settings.eval_max_new_tokens
-    )
-    engine = DialogueEngine(model, chat_format, pad_id, sampling, settings.max_length, seed)
-    plain: list[list[Message]] = [[] for _ in user_turns]
-    rows = list(range(len(user_turns)))
-    for turn in range(max(map(len, user_turns))):
-        rows = [d for d in rows if turn < len(user_turns[d])]
-        for d in rows:
-            plain[d].append({"role": "user", "content": user_turns[d][turn]})
-        drafts: list[Draft] = engine(rows, [openings[d](plain[d]) for d in rows]) if rows else []
-        for d, draft in zip(list(rows), drafts, strict=True):
-            if draft.problem == "too_long":
-                plain[d].pop()
-                rows.remove(d)
-            else:  # a reply that was cut at its limit is a reply: the checks judge it as it stands
-                plain[d].append({"role": "assistant", "content": draft.text})
-    return [[m["content"] for m in messages[1::2]] for messages in plain]
-
-
-def observe(
-    replies: Played,
-    user_turns: Sequence[Sequence[str]],
-    instructions: Sequence[Instruction],
-    gold: Gold | None = None,
-    targets: Sequence[Sequence[float]] = (),
-) -> list[Observation]:
-    """Judges every reply: the kind's checker, and with `gold` whether what is left of it reaches its target.
-
-    `targets[d][t]`: the least gold score for dialogue d at turn t + 1; a turn without one is missing.
-    """
-    observations = []
-    for d, (texts, instruction) in enumerate(zip(replies, instructions, strict=True)):
-        for t, text in enumerate(texts if gold is None else texts[: len(targets[d])]):
-            # The margin: 0.7 x 1.0 and a gold score of 0.7 must not differ by rounding.
-            answers = gold is None or (
-                gold(asked(user_turns[d][t]), strip_obedience(instruction, text)) >= targets[d][t] - 1e-9
-            )
-            observations.append(Observation(d, t + 1, instruction.kind, obeys(instruction, text), answers))
-    return observations
-
-
-def asked(user_text: str) -> list[Message]:
-    """What an answer is judged by: its own user turn, without instruction and history (turns stand on their own)."""
-    return [{"role": "user", "content": user_text}]
+PLAIN_SCORES = "plain_scores.json"  # of the trained policy's dialogues without an instruction
+NOT_OF_THE_DIALOGUES = ("model_name_or_path", "baseline_model_name_or_path", "baseline_dir", "adapter_path")
 
 
 def run_persistence(
@@ -114,6 +72,7 @@ def run_persistence(
     unseen_instructions: Sequence[Instruction] | None = None,
     gold: Gold | None = None,
     seed: int = 0,
+    reward: Scorer | None = None,
 ) -> dict[str, Any]:
     """The persistence table of one policy.
 
@@ -122,11 +81,15 @@ def run_persistence(
         instructions: one a dialogue, of values that were taught.
         unseen_instructions: the same of values never taught, for the same user turns.
         gold: helpfulness of a reply; needed where `settings.answer_check` is "gold".
+        reward: scores of plain replies by a reward model.
 
     Returns:
-        `gatt.persistence.summarise` of the taught values, {"1": share, ..., "20": share, "ci95": {...}, ...}, with the
-        same of the others under "unseen", the mean gold helpfulness of the plain dialogues under
-        "gold_without_instruction", and three dialogues of each under "samples".
+        `gatt.persistence.summarise` of the taught values, {"1": share, ..., "20": share, "ci95": {...}, ...}, where
+        `settings.change_turn` asks for it with `change_table` under "change"; the same of the others under "unseen".
+        Of the dialogues without an instruction: the mean gold helpfulness under "gold_without_instruction", and every
+        score under "plain_scores", {"gold" or "reward": by dialogue, by turn}. Under "helpfulness_under_instruction"
+        how far gold scores of replies to "seen" and "unseen" instructions differ from those. Three dialogues of each
+        under "samples".
     """
     if not user_turns:
         raise UserError("num_dialogues is 0; persistence needs at least one dialogue")
@@ -138,31 +101,68 @@ def run_persistence(
     if settings.answer_check == "gold" and gold is None:
         raise UserError("answer_check is gold, but there is no gold score for this data; use answer_check: none")
     judged = gold if settings.answer_check == "gold" else None
-    turns = max(map(len, user_turns))
+    changes: dict[str, tuple[list[Instruction], random.Random]] = {}
+    for name, split, given in (("seen", "train", instructions), ("unseen", "unseen", unseen_instructions)):
+        if settings.change_turn and given is not None:  # before any work: a kind may have no other value
+            rng = random.Random(f"gatt change {name} {seed}")
+            changes[name] = draw_others(settings, given, split, rng), rng
 
-    def played(openings: Sequence[Callable[[list[Message]], list[Message]]]) -> Played:
+    def played(openings: Sequence[Opening]) -> Played:
         return play(model, chat_format, tokenizer.pad_token_id, openings, user_turns, settings, seed)
 
-    plain_gold: list[list[float]] = []
-    if judged:
-        reference = played([lambda messages: messages] * len(user_turns))
-        plain_gold = [[judged(asked(u), r) for u, r in zip(*pair)] for pair in zip(user_turns, reference, strict=True)]
+    def golden(pairs: Sequence[tuple[str, str]]) -> list[float]:
+        assert judged is not None
+        return [judged(asked(user), reply) for user, reply in pairs]
+
+    plain_scores: dict[str, Scores] = {}
+    if judged or reward:
+        reference = played([no_instruction] * len(user_turns))
+        scorers = {"gold": golden if judged else None, "reward": reward}
+        plain_scores = {name: score_played(scorer, user_turns, reference) for name, scorer in scorers.items() if scorer}
+    plain_gold = plain_scores.get("gold", [])
     targets = [[settings.answer_threshold * score for score in scores] for scores in plain_gold]
+    under_instruction: dict[str, Any] = {}
 
     def measure(given: Sequence[Instruction], name: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         rng = random.Random(f"gatt persistence {name} {seed}")
         worded = [(draw_wording(settings, i, rng), draw_slot(settings, rng)) for i in given]
-        openings = [_opening(wording, slot) for wording, slot in worded]
+        openings = [opening(wording, slot) for wording, slot in worded]
         replies = played(openings)
         observations = observe(replies, user_turns, given, judged, targets)
-        table = summarise(observations, turns, len(user_turns), RANGES)
-        samples = []
-        for d in range(min(3, len(replies))):
-            plain = [m for user, reply in zip(user_turns[d], replies[d])
-                     for m in ({"role": "user", "content": user}, {"role": "assistant", "content": reply})]  # fmt: skip
-            counted = [o.counts for o in observations if o.dialogue == d]
-            samples.append({"values": name, "messages": openings[d](plain) if plain else [], "counted": counted})
+        table = summarise(observations, *size(replies))
+        if judged:
+            answers = [[strip_obedience(i, text) for text in texts] for i, texts in zip(given, replies, strict=True)]
+            under_instruction[name] = shift(plain_gold, score_played(golden, user_turns, answers))
+        samples = _samples(name, openings, user_turns, replies, observations)
+        if settings.change_turn:
+            table["change"], more = measure_change(given, name, worded)
+            samples += more
         return table, samples
+
+    def measure_change(
+        given: Sequence[Instruction], name: str, worded: Sequence[tuple[str, str]]
+    ) -> tuple[dict[str, Any] | None, list[dict[str, Any]]]:
+        (others, rng), change_turn = changes[name], settings.change_turn
+        openings = [
+            opening(wording, slot, (change_turn, draw_wording(settings, other, rng)))
+            for (wording, slot), other in zip(worded, others, strict=True)
+        ]
+        replies = played(openings)
+        new, old = (observe(replies, user_turns, each, judged, targets) for each in (others, given))
+        turns, dialogues, _ = size(replies)
+        if not any(o.turn >= change_turn for o in new):
+            logger.warning("change_turn: no dialogue came to turn %d within max_length; not measured", change_turn)
+            return None, []
+        counted = [o for o in old if o.turn < change_turn] + [o for o in new if o.turn >= change_turn]
+        samples = _samples(f"{name}, changed", openings, user_turns, replies, counted)
+        return change_table(new, old, change_turn, turns, dialogues), samples
+
+    def size(replies: Played) -> tuple[int, int, tuple[tuple[int, int], ...]]:
+        """Turns that the table has, dialogues, and the ranges of turns to average over."""
+        if settings.num_turns:
+            return max(map(len, user_turns)), len(user_turns), RANGES
+        turns = max(1, *map(len, replies))
+        return turns, len(user_turns), tuple(dict.fromkeys((*RANGES, (1, turns))))
 
     summary, samples = measure(instructions, "seen")
     if unseen_instructions is not None:
@@ -170,11 +170,24 @@ def run_persistence(
         samples += more
     if scores := [score for dialogue in plain_gold for score in dialogue]:
         summary["gold_without_instruction"] = sum(scores) / len(scores)
-    return summary | {"samples": samples}
+    if under_instruction:
+        summary["helpfulness_under_instruction"] = under_instruction
+    return summary | {"samples": samples, "plain_scores": plain_scores}
 
 
-def _opening(wording: str, slot: str) -> Callable[[list[Message]], list[Message]]:
-    return lambda messages: training_dialogue(messages, wording, slot)
+def _samples(
+    name: str,
+    openings: Sequence[Opening],
+    user_turns: Sequence[Sequence[str]],
+    replies: Played,
+    observations: Sequence[Observation],
+) -> list[dict[str, Any]]:
+    samples = []
+    for d in range(min(3, len(replies))):
+        plain = as_messages(user_turns[d], replies[d])
+        counted = [o.counts for o in sorted(observations, key=lambda o: o.turn) if o.dialogue == d]
+        samples.append({"values": name, "messages": openings[d](plain) if plain else [], "counted": counted})
+    return samples
 
 
 def simulated_gold() -> Gold:
@@ -182,6 +195,22 @@ def simulated_gold() -> Gold:
     from rlhf.simulation.world import gold_helpfulness
 
     return gold_helpfulness
+
+
+def measured_before(folder: str, settings: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Scores]]:
+    """(table, plain scores) of the policy of a finished run on the same dialogues; UserError where they are others."""
+    summary, theirs = RunFolder.completed(folder), saved_settings(folder)
+    if summary is None or "trained" not in summary:
+        raise UserError(f"baseline_dir: {folder} holds no finished run of evaluate_gatt.py")
+    fields = [*PersistenceSettings.__dataclass_fields__, "chat_format", "seed"]
+    differ = [n for n in fields if n not in NOT_OF_THE_DIALOGUES and theirs.get(n) != settings[n]]
+    if differ:
+        raise UserError(f"baseline_dir: {folder} was measured with another {', '.join(differ)}; use the same settings")
+    try:
+        scores = json.loads(Path(folder, PLAIN_SCORES).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"baseline_dir: {folder}/{PLAIN_SCORES} cannot be read: {error}") from error
+    return summary["trained"], scores
 
 
 def main(args: list[str] | None = None) -> dict[str, Any]:
@@ -193,20 +222,25 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
     if not settings.prompt_files:
         raise UserError("prompt_files: name at least one file of held-out prompt records")
     import torch
+    from rich.console import Console
 
     from rlhf.models import load_policy
     from rlhf.tokenizer import load_tokenizer
 
     started = time.monotonic()
-    run = RunFolder(run_settings.output_dir, resolved, "evaluate_gatt")
-    device = "cuda" if torch.cuda.is_available() and not run_settings.use_cpu else "cpu"
     policies = {"trained": model_settings.model_name_or_path}
     if settings.baseline_model_name_or_path:
         policies = {"baseline": settings.baseline_model_name_or_path, **policies}
+    summary: dict[str, Any] = {"num_dialogues": settings.num_dialogues, "num_turns": settings.num_turns}
+    plain: dict[str, dict[str, Scores]] = {}
+    if settings.baseline_dir:
+        summary["baseline"], plain["baseline"] = measured_before(settings.baseline_dir, resolved)
+    device = "cuda" if torch.cuda.is_available() and not run_settings.use_cpu else "cpu"
+    score_ids = load_reward(settings.helpfulness_reward_model, list(policies.values()), device)
+    run = RunFolder(run_settings.output_dir, resolved, "evaluate_gatt")
     gold = simulated_gold() if settings.answer_check == "gold" else None
 
     rejected = Path(run_settings.output_dir, "rejected.jsonl")
-    summary: dict[str, Any] = {"num_dialogues": settings.num_dialogues, "num_turns": settings.num_turns}
     for name, path in policies.items():
         tokenizer = load_tokenizer(path)
         chat_format = load_chat_format(tokenizer, model_settings.chat_format)
@@ -219,21 +253,50 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
         prompts, prompt_counts = usable_prompts([row for rows in read for row in rows])
         # Drawn anew from the seed for each policy: both are measured on the same dialogues.
         rng = random.Random(f"gatt persistence {run_settings.seed}")
-        user_turns = draw_user_turns(prompts, [settings.num_turns] * settings.num_dialogues, rng)
+        if settings.num_turns:
+            user_turns = draw_user_turns(prompts, [settings.num_turns] * settings.num_dialogues, rng)
+        else:
+            user_turns = draw_turns_without_end(prompts, settings.num_dialogues, settings.max_length, rng)
         given = draw_instructions(settings, settings.num_dialogues, "train", rng)
         unseen = draw_instructions(settings, settings.num_dialogues, "unseen", rng) if settings.measure_unseen else None
+        check_encodable([*given, *(unseen or [])], chat_format)
         model = load_policy(replace(model_settings, model_name_or_path=path), trainable=False).to(device)
         table = run_persistence(
-            model, tokenizer, chat_format, user_turns, given, settings, unseen, gold, run_settings.seed
+            model, tokenizer, chat_format, user_turns, given, settings, unseen, gold, run_settings.seed,
+            reward_scorer(score_ids, chat_format) if score_ids else None,
         )  # fmt: skip
+        plain[name] = table.pop("plain_scores")
         run.samples(0, [{"policy": name, **sample} for sample in table.pop("samples")])
-        for turn in range(1, settings.num_turns + 1):
+        for turn in range(1, 1 + max(int(t) for t in table if t.isdigit())):
             shares = {f"{name}/seen": table[str(turn)], f"{name}/unseen": table.get("unseen", {}).get(str(turn))}
             run.log(turn, {key: share for key, share in shares.items() if share is not None})
         summary |= {name: table, **prompt_counts}
         del model
+    if "baseline" in plain:
+        summary["helpfulness_change"] = {
+            name: shift(plain["baseline"][name], scores) for name, scores in plain["trained"].items()
+        }
+    write_atomic(Path(run_settings.output_dir, PLAIN_SCORES), json.dumps(plain["trained"]))
+    summary["table_30"] = table_30(summary)
+    console = Console()
+    for each in tables(summary):
+        console.print(each.rich(), each.note, "")
     summary["seconds"] = round(time.monotonic() - started, 1)
     return run.finish(summary)
+
+
+def load_reward(path: str | None, policies: Sequence[str], device: str) -> Callable[[list[list[int]]], Any] | None:
+    """Scores by the reward model at `path`, which must read ids as the policies do; None for no path."""
+    if path is None:
+        return None
+    from reward.model import load_reward_model
+    from reward.scorer import score_ids
+    from rlhf.tokenizer import check_same_tokenizer, load_tokenizer
+
+    model = load_reward_model(path).to(device)
+    for policy in policies:
+        check_same_tokenizer(load_tokenizer(policy), path, "helpfulness_reward_model")
+    return lambda ids: score_ids(model, ids).tolist()
 
 
 if __name__ == "__main__":

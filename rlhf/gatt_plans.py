@@ -3,6 +3,7 @@
 import json
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,12 @@ from configs.errors import UserError
 from configs.gatt_settings import GattSettings, InstructionSettings
 from gatt.instructions import check_kinds, draw_combinations, drawable, parse_instruction, sample_instructions
 from gatt.kinds import DEFAULT_KINDS, Instruction, kind_named, values_of
-from gatt.synth import Plan, plan_dialogues
+from gatt.synth import Change, Plan, plan_dialogues
 
 # Sources of the rows of a data set
 GATT, INSTRUCTED, PLAIN, REPLAY = "gatt", "gatt_single_turn", "gatt_plain", "gatt_replay"
+
+POOL = 1000  # instructions drawn at once, to choose other ones from
 
 _FILE_SETTING = {"train": "values_file", "unseen": "unseen_values_file"}
 
@@ -55,6 +58,19 @@ def draw_user_turns(prompts: Sequence[dict[str, Any]], lengths: Sequence[int], r
             f"dialogues of {max(lengths)} turns; add prompts or ask for fewer turns"
         )
     return [rng.sample(texts, n) for n in lengths]
+
+
+def draw_turns_without_end(
+    prompts: Sequence[dict[str, Any]], dialogues: int, max_length: int, rng: random.Random
+) -> list[list[str]]:
+    """For each dialogue more user texts than `max_length` tokens can hold.
+
+    Every prompt comes once before one comes again. A turn takes four tokens at least: two of the chat format, one of
+    the user, one of the reply.
+    """
+    wanted = max_length // 4 + 1
+    passes = [draw_user_turns(prompts, [len(prompts)] * dialogues, rng) for _ in range(-(-wanted // len(prompts)))]
+    return [[text for turns in each for text in turns][:wanted] for each in zip(*passes, strict=True)]
 
 
 def _read_values(path: str, setting: str) -> dict[str, list[str]]:
@@ -151,4 +167,42 @@ def make_plans(settings: GattSettings, prompts: Sequence[dict[str, Any]], seed: 
     instructions = [None if source == PLAIN else next(given) for source in sources]
     plans = plan_dialogues(turns, instructions, [draw_slot(settings, rng) for _ in lengths])
     wordings = ["" if i is None else draw_wording(settings, i, rng) for i in instructions]
+    # With draws of their own, so that plans without changes are the same whatever the share is.
+    plans[: n - plain_dialogues] = change_some(settings, plans[: n - plain_dialogues], seed)
     return list(zip(plans, wordings, sources, strict=True))
+
+
+def change_some(settings: GattSettings, plans: Sequence[Plan], seed: int) -> list[Plan]:
+    """`plans` with a change of instruction in `change_share` of them, at a turn drawn from the second to the last.
+
+    Plans of one turn stay as they are, and do not count.
+    """
+    rng = random.Random(f"gatt changes {seed}")
+    long = [i for i, plan in enumerate(plans) if len(plan.user_turns) > 1]
+    chosen = sorted(rng.sample(long, round(settings.change_share * len(long))))
+    changed = list(plans)
+    old = [instruction for i in chosen if (instruction := plans[i].instruction)]
+    for i, new in zip(chosen, draw_others(settings, old, "train", rng), strict=True):
+        turn = rng.randint(2, len(plans[i].user_turns))
+        changed[i] = replace(plans[i], change=Change(turn, new, draw_wording(settings, new, rng)))
+    return changed
+
+
+def draw_others(
+    settings: InstructionSettings, old: Sequence[Instruction], split: str, rng: random.Random
+) -> list[Instruction]:
+    """For each instruction another of its kind, with another value: the two cannot both be meant.
+
+    Raises UserError where a kind has no other value.
+    """
+    pool = draw_instructions(settings, max(POOL, len(old)), split, rng) if old else []
+    others = []
+    for instruction in old:
+        choices = [each for each in pool if each.kind == instruction.kind and each.value != instruction.value]
+        if not choices:
+            raise UserError(
+                f"an instruction of kind '{instruction.kind}' cannot change: there is one value in the {split} list; "
+                "add values or leave the kind out"
+            )
+        others.append(rng.choice(choices))
+    return others

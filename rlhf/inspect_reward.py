@@ -25,6 +25,7 @@ from configs.records import read_preferences
 from reward.any_model import AnyRewardModel, Inputs, plain_scores
 from reward.data import encode_replies
 from reward.scorer import score_ids, score_positions
+from rlhf.token_texts import token_texts
 
 TOKEN_BUDGET = 8192  # tokens of one forward
 STEP = 128  # pairs between two moves of the progress bar
@@ -217,17 +218,3 @@ def _reply(text: str) -> Message:
 def share_below(score: float, others: Sequence[float]) -> float:
     """Share of `others` that `score` beats; a tie counts as one half."""
     return sum(0.5 if other == score else float(other < score) for other in others) / len(others)
-
-
-def token_texts(tokenizer: Any, prompt_ids: Sequence[int], ids: Sequence[int]) -> list[str]:
-    """The text that each token of a response adds, blanks included; `ids` begin with `prompt_ids`.
-
-    A tokenizer may split a character: its text then belongs to the token that completes it, the others get "".
-    """
-
-    def decode(end: int) -> str:
-        text = tokenizer.decode(list(ids[:end]), skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        return text.rstrip("\ufffd")
-
-    texts = [decode(end) for end in range(len(prompt_ids), len(ids) + 1)]
-    return [after[len(before) :] for before, after in zip(texts, texts[1:], strict=False)]

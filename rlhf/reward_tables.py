@@ -131,9 +131,9 @@ def unsafe_responses(summary: Mapping[str, Any]) -> ResultTable:
             continue
         points = unsafe["at"]
         columns = [f"{what} at R < {point['threshold']:g}" for point in points for what in ("Precision", "Recall")]
-        cells = [_share(point[what]) for point in points for what in ("precision", "recall")]
+        cells = [share_cell(point[what]) for point in points for what in ("precision", "recall")]
         areas = [(_number(unsafe[name]), "") for name in ("average_precision", "roc_auc")]
-        rows.append(([key, name], [*cells, *areas, _share(unsafe["unsafe_share"])]))
+        rows.append(([key, name], [*cells, *areas, share_cell(unsafe["unsafe_share"])]))
     note = (
         "Both responses of each pair with a safety label. Precision: share of the responses below the threshold that "
         "are unsafe; recall: share of the unsafe ones that lie below it. The share of unsafe responses is what "
@@ -175,8 +175,13 @@ def length_bias(summary: Mapping[str, Any]) -> ResultTable:
     for key, name, report in _reports(summary):
         length = report["length"]
         correlations = [(_signed(length["spearman"]), ""), (_signed(length["within_pairs"]["spearman"]), "")]
-        cells = [_share(length["prefers_longer"]), *(_accuracy(length[f"chosen_{w}"]) for w in ("longer", "shorter"))]
-        rows.append(([key, name], [*correlations, *cells[:1], _share(length["annotators_prefer_longer"]), *cells[1:]]))
+        cells = [
+            share_cell(length["prefers_longer"]),
+            *(_accuracy(length[f"chosen_{w}"]) for w in ("longer", "shorter")),
+        ]
+        rows.append(
+            ([key, name], [*correlations, *cells[:1], share_cell(length["annotators_prefer_longer"]), *cells[1:]])
+        )
     columns = ["Spearman", "Spearman within pairs", "Model: longer (%)", "Annotators: longer (%)",
                "Accuracy, chosen longer (%)", "Accuracy, chosen shorter (%)"]  # fmt: skip
     note = (
@@ -196,8 +201,8 @@ def agreement(summary: Mapping[str, Any]) -> ResultTable:
             (
                 [key],
                 [
-                    _share(found["same_choice"]),
-                    _share(found["different_choice"]),
+                    share_cell(found["same_choice"]),
+                    share_cell(found["different_choice"]),
                     (_signed(found["spearman"]), ""),
                     _accuracy(found["accuracy_where_same"]),
                     _accuracy(found["first_right_where_different"]),
@@ -236,11 +241,12 @@ def _by_rating(report: Mapping[str, Any], rating: str) -> Cell:
 
 
 def _accuracy(cell: Mapping[str, Any] | None) -> Cell:
-    return NONE if cell is None else _share({"share": cell["accuracy"], "ci95": cell["ci95"]})
+    return NONE if cell is None else share_cell({"share": cell["accuracy"], "ci95": cell["ci95"]})
 
 
-def _share(cell: Mapping[str, Any]) -> Cell:
-    if cell["share"] is None:
+def share_cell(cell: Mapping[str, Any] | None) -> Cell:
+    """A share and its interval, in per cent."""
+    if cell is None or cell["share"] is None:
         return NONE
     low, high = cell["ci95"]
     return _percent(cell["share"]), f"[{100 * low:.1f}, {100 * high:.1f}]"

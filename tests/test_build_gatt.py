@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -186,6 +187,52 @@ def test_rows_of_combinations_say_their_parts(obedient, model_dir, prompt_file, 
         assert [part["kind"] for part in row["instruction"].get("parts", [])] == [p.kind for p in instruction.parts]
         assert all(obeys(instruction, m["content"]) for m in row["messages"] if m["role"] == "assistant")
     assert len(read_dialogues(tmp_path / "out" / "gatt.jsonl").rows) == len(rows)
+
+
+@pytest.mark.parametrize("train_on", ["all", "last"])
+def test_a_share_of_the_dialogues_changes_its_instruction(obedient, model_dir, prompt_file, tmp_path, train_on):
+    more = ("--change_share", "0.5", "--train_on", train_on, "--max_length", "260")
+    summary = build(tmp_path / "out", model_dir, prompt_file, *more)
+    rows = [json.loads(line) for line in (tmp_path / "out" / "gatt.jsonl").read_text().splitlines()]
+    changed = [row for row in rows if "change" in row]
+    assert summary["rows_with_change"] == len(changed) > 2
+    assert {row["source"] for row in changed} == {"gatt"}
+    for row in changed:
+        old, new = row["instruction"], row["change"]
+        assert new["kind"] == old["kind"]
+        assert new["value"] != old["value"]
+        turns = [m["content"] for m in row["messages"] if m["role"] == "user"]
+        assert [t for t, text in enumerate(turns, 1) if text.startswith(new["wording"])] == [new["turn"]]
+        for turn, reply in enumerate((m["content"] for m in row["messages"] if m["role"] == "assistant"), 1):
+            now, then = (new, old) if turn >= new["turn"] else (old, new)
+            assert now["value"] in reply
+            assert then["value"] not in reply
+        assert row["train_on"] == train_on
+    assert (
+        read_dialogues(tmp_path / "out" / "gatt.jsonl").rows[rows.index(changed[0])]["change"] == changed[0]["change"]
+    )
+
+
+def test_plans_with_changes_differ_in_nothing_else():
+    prompts = usable_prompts(prompts_of(QUESTIONS))[0]
+    settings = GattSettings(num_dialogues=200, kinds=["figure", "hobby"], min_turns=1, max_turns=4)
+    plain = make_plans(settings, prompts, 0)
+    settings.change_share = 0.5
+    changed = make_plans(settings, prompts, 0)
+    assert [(replace(plan, change=None), *rest) for plan, *rest in changed] == plain
+    assert all(plan.change is None for plan, _, _ in plain)
+    marked = [plan for plan, _, _ in changed if plan.change]
+    assert len(marked) == round(0.5 * sum(len(plan.user_turns) > 1 for plan, _, source in plain[:180]))
+    assert {plan.change.turn - len(plan.user_turns) for plan in marked} == {0, -1, -2}
+    assert {plan.change.turn for plan in marked} == {2, 3, 4}
+    assert all(plan.instruction.kind == plan.change.instruction.kind for plan in marked)
+
+
+def test_a_kind_of_one_value_cannot_change(tmp_path):
+    (tmp_path / "v.json").write_text(json.dumps({"figure": ["Nero"]}))
+    settings = GattSettings(values_file=str(tmp_path / "v.json"), change_share=1.0, num_dialogues=4)
+    with pytest.raises(UserError, match="kind 'figure' cannot change"):
+        make_plans(settings, usable_prompts(prompts_of(QUESTIONS))[0], 0)
 
 
 def test_a_policy_that_never_obeys_is_told(model_dir, prompt_file, tmp_path):
@@ -393,6 +440,8 @@ def test_values_files_replace_the_starter_lists(tmp_path):
         ({"short_share": 1.5}, "short_share: 1.5"),
         ({"replay_single_turn_share": 1.0}, "below 1"),
         ({"max_candidates": 0}, "max_candidates: 0"),
+        ({"change_share": 2.0}, "change_share: 2.0"),
+        ({"change_share": 0.1, "min_turns": 1, "max_turns": 1}, "raise max_turns"),
         ({"train_on": "some"}, "train_on: 'some'"),
         ({"safety_reward_model": "x"}, "needs helpfulness_reward_model"),
     ],
@@ -400,9 +449,22 @@ def test_values_files_replace_the_starter_lists(tmp_path):
 def test_settings_that_cannot_work_are_refused(more, words):
     with pytest.raises(UserError, match=words):
         GattSettings(**more)
-    for wrong in ({"num_turns": 0}, {"answer_check": "maybe"}):
-        with pytest.raises(UserError, match=next(iter(wrong))):
-            PersistenceSettings(**wrong)
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ({"num_turns": -1}, "num_turns: -1"),
+        ({"answer_check": "maybe"}, "answer_check: 'maybe'"),
+        ({"change_turn": 1}, "change_turn: 1 must be from 2"),
+        ({"change_turn": 21}, "change_turn: 21 .* num_turns: 20"),
+        ({"change_turn": -3, "num_turns": 0}, "change_turn: -3"),
+        ({"baseline_dir": "a", "baseline_model_name_or_path": "b"}, "baseline_dir: it stands in place"),
+    ],
+)
+def test_measurements_that_cannot_work_are_refused(more, words):
+    with pytest.raises(UserError, match=words):
+        PersistenceSettings(**more)
 
 
 def test_a_dialogue_longer_than_the_context_is_cut_and_counted(model_dir, prompt_file, tmp_path, monkeypatch):

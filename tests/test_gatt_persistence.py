@@ -3,7 +3,7 @@
 import pytest
 
 from configs.errors import UserError
-from gatt.persistence import Observation, by_turn, range_mean, summarise
+from gatt.persistence import Observation, by_turn, change_table, last_turn, range_mean, since, summarise
 
 # two dialogues; the second breaks off after turn 2
 OBSERVATIONS = [
@@ -34,6 +34,40 @@ def test_summary():
     low, high = summary["ci95"]["1"]
     assert low < 1.0 == high
     assert summary["ci95"]["4"] == [0.0, 1.0]
+
+
+def test_kinds_have_intervals_of_their_own():
+    summary = summarise(OBSERVATIONS, 4, 2, ranges=((1, 20),))
+    # Wilson, one of one: low = (1 + z^2/2 - z sqrt(z^2/4)) / (1 + z^2) = 1 / (1 + z^2) = 0.206549
+    assert summary["by_kind_ci95"]["hobby"]["1"] == pytest.approx([0.206549, 1.0], abs=1e-6)
+    assert summary["by_kind_ci95"]["figure"]["2"] == pytest.approx([0.0, 1 - 0.206549], abs=1e-6)
+    assert summary["by_kind_mean"]["figure"]["1-4"]["mean"] == pytest.approx(1 / 3)
+    assert summary["by_kind_mean"]["hobby"]["1-4"]["turns"] == 2
+
+
+def test_the_last_turn_is_each_dialogue_s_own():
+    found = last_turn(OBSERVATIONS[::-1])  # in any order
+    assert found is not None
+    # Dialogue 0 ends at turn 3, disobeyed; dialogue 1 at turn 2, obeyed. Wilson, one of two: 0.5 -+ 0.405469
+    assert found["share"] == 0.5
+    assert found["ci95"] == pytest.approx([0.094531, 0.905469], abs=1e-6)
+    assert found["turns"] == {"fewest": 2, "median": 2.5, "most": 3}
+    assert last_turn([]) is None
+
+
+def test_a_change_of_the_instruction():
+    # The new instruction comes at turn 2. Dialogue 0 follows it; dialogue 1 goes on with the first one.
+    new = [Observation(0, 1, "figure", False), Observation(0, 2, "figure", True), Observation(0, 3, "figure", True)]
+    new += [Observation(1, 1, "figure", True), Observation(1, 2, "figure", False), Observation(1, 3, "figure", False)]
+    old = [Observation(o.dialogue, o.turn, o.kind, o.turn == 1 or o.dialogue == 1, answer_ok=False) for o in new]
+    assert [o.turn for o in since(new, 2)] == [1, 2, 1, 2]
+    table = change_table(new, old, 2, 3, 2)
+    assert table["turn"] == 2
+    assert (table["new"]["1"], table["new"]["2"]) == (0.5, 0.5)
+    assert table["new"]["last_turn"]["share"] == 0.5
+    assert "3" not in table["new"]
+    assert table["old_before"]["mean"] == 0.0  # obeyed, but not answered
+    assert table["old_after"]["mean"] == 0.5  # it shows, answered or not
 
 
 def test_range_interval_takes_the_dialogue_as_its_unit():

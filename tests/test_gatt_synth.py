@@ -1,10 +1,12 @@
 """Synthesis of dialogues: a scripted engine says what it was asked, and nothing may be lost silently."""
 
+from dataclasses import replace
+
 import pytest
 
 from configs.errors import UserError
 from gatt.kinds import KINDS
-from gatt.synth import Draft, counts, obedience_by_turn, plan_dialogues, synthesise
+from gatt.synth import Change, Draft, counts, obedience_by_turn, plan_dialogues, synthesise
 
 NAPOLEON = KINDS["figure"].make("Napoleon")
 CHESS = KINDS["hobby"].make("chess")
@@ -110,3 +112,43 @@ def test_contradicting_lists_are_refused(turns, instructions, slots, words):
 def test_no_candidates_is_refused():
     with pytest.raises(UserError, match="max_candidates is 0"):
         synthesise(plan_dialogues([["a"]], [NAPOLEON], ["user"]), Script(["Napoleon"]), obeys, max_candidates=0)
+
+
+def test_a_new_instruction_is_sampled_under_and_replaces_the_first():
+    change = Change(2, KINDS["figure"].make("Mozart"), "Figure: Mozart.")
+    plans = plan_dialogues([["a", "b", "c"], ["a", "b"]], [NAPOLEON] * 2, ["user"] * 2)
+    plans = [replace(plan, change=change) for plan in plans]
+    # The second reply of dialogue 0 obeys both at first: that is no change. Dialogue 1 never changes and is cut.
+    script = Script(["Napoleon", "Mozart, not Napoleon", "Mozart", "Mozart!"], ["Napoleon", "Napoleon", "Napoleon"])
+    whole, cut = synthesise(plans, script, obeys, max_candidates=2)
+    assert script.tape[-1] == ([0], [[
+        "Always act as Napoleon. a", "Napoleon", "Always act as Mozart. b", "Mozart", "Always act as Mozart. c"
+    ]])  # fmt: skip
+    assert [m["content"] for m in whole.messages] == ["a", "Napoleon", "b", "Mozart", "c", "Mozart!"]  # plain
+    assert whole.record("Figure: Napoleon.") == {
+        "messages": [
+            {"role": "user", "content": "Figure: Napoleon. a"},
+            {"role": "assistant", "content": "Napoleon"},
+            {"role": "user", "content": "Figure: Mozart. b"},
+            {"role": "assistant", "content": "Mozart"},
+            {"role": "user", "content": "c"},
+            {"role": "assistant", "content": "Mozart!"},
+        ],
+        "train_on": "all",
+    }
+    assert (whole.change, cut.change, cut.cut) == (change, None, "disobeyed")
+    assert [m["content"] for m in cut.record("Act.")["messages"]] == ["Act. a", "Napoleon"]
+
+
+def test_the_judge_is_told_the_instruction_that_holds():
+    change = Change(2, KINDS["figure"].make("Mozart"), "Figure: Mozart.")
+    (plan,) = plan_dialogues([["a", "b"]], [NAPOLEON], ["user"])
+    told = []
+
+    def judge(context, candidates, instruction):
+        told.append((context[-1]["content"], instruction.value))
+        return [0.0] * len(candidates)
+
+    script = Script(["Napoleon", "Napoleon", "Mozart", "Mozart"])
+    synthesise([replace(plan, change=change)], script, obeys, 2, judge)
+    assert told == [("Always act as Napoleon. a", "Napoleon"), ("Always act as Mozart. b", "Mozart")]

@@ -159,6 +159,64 @@ def test_shortening_keeps_the_system_slot():
     assert contents(short) == [("s", INSTRUCTION), ("u", "Hi."), ("a", "Hello.")]
 
 
+# --- another instruction in mid-dialogue -----------------------------------------------------------------------------
+
+NEW = (2, "Act as Mozart.")
+
+
+@pytest.mark.parametrize(("slot", "head"), [("user", []), ("system", [("s", INSTRUCTION)])])
+def test_a_new_instruction_takes_the_place_of_the_first(slot, head):
+    first = f"{INSTRUCTION} Hi." if slot == "user" else "Hi."
+    sampling = t.with_instruction_everywhere(DIALOGUE, INSTRUCTION, slot, NEW)
+    assert contents(sampling) == [
+        *head, ("u", first), ("a", "Hello."), ("u", "Act as Mozart. Who?"), ("a", "Me."), ("u", "Act as Mozart. Why?")
+    ]  # fmt: skip
+    training = t.training_dialogue(DIALOGUE, INSTRUCTION, slot, NEW)
+    assert contents(training) == [
+        *head, ("u", first), ("a", "Hello."), ("u", "Act as Mozart. Who?"), ("a", "Me."), ("u", "Why?")
+    ]  # fmt: skip
+    # A dialogue that has not come to that turn is as without it: sampling feeds turn after turn.
+    early = t.with_instruction_everywhere(DIALOGUE[:1], INSTRUCTION, slot, NEW)
+    assert early == t.with_instruction_everywhere(DIALOGUE[:1], INSTRUCTION, slot) == sampling[: len(early)]
+
+
+def test_a_changed_row_is_the_same_as_its_last_turn_samples():
+    row = t.training_record(DIALOGUE[:4], INSTRUCTION, "user", [True, True], NEW)
+    assert row["train_on"] == "all"
+    samples = t.last_turn_samples(row["messages"])
+    assert contents(samples[0]) == [("u", "Always act as Napoleon. Hi."), ("a", "Hello.")]  # nothing of the new one yet
+    assert samples[1] == row["messages"] == t.training_dialogue(DIALOGUE[:4], INSTRUCTION, "user", NEW)
+    # In the letters' layout: 1 [3] text [4] is a prompt, text 2 a reply. Instructions carry no loss.
+    ids, mask = encode(row["messages"])
+    trained = "".join(chr(i - 5 + 90 * (i - 5 < 32)) for i, on in zip(ids, t.loss_mask(mask, "all")) if on and i >= 5)
+    assert trained == "Hello.Me."
+    last = t.loss_mask(mask, "last")
+    assert sum(last) == len("Me.") + 1
+    assert last[-4:] == [True] * 4
+
+
+def test_shortening_keeps_the_turn_of_the_new_instruction():
+    plain = [{"role": "user" if i % 2 == 0 else "assistant", "content": "abcdefghij"[i]} for i in range(10)]
+    row = t.training_dialogue(plain, "X.", "user", (3, "Y."))
+    assert [m["content"] for m in row] == ["X. a", "b", "c", "d", "Y. e", "f", "g", "h", "i", "j"]  # 16 characters
+
+    def cut(train_on, limit, change_turn=3):
+        left = t.shorten(row, train_on, characters, limit, change_turn)
+        turn = t.change_turn_after_shortening(3, 5, len(left) // 2, train_on)
+        if change_turn:  # the figure names the turn that holds the words
+            assert [i for i, m in enumerate(left[::2], 1) if m["content"].startswith("Y.")] == ([turn] if turn else [])
+        return "".join(m["content"][-1] for m in left), turn
+
+    assert cut("all", 14) == ("abcdefgh", 3)
+    assert cut("all", 12) == ("abcdef", 3)
+    assert cut("all", 9) == ("abcd", None)
+    assert cut("last", 14) == ("abefghij", 2)
+    assert cut("last", 12) == ("abefij", 2)  # the oldest of the others goes, not that turn
+    with pytest.raises(UserError, match="has 12 tokens"):
+        cut("last", 11)
+    assert cut("last", 11, None)[0] == "abghij"
+
+
 # --- bad input -------------------------------------------------------------------------------------------------------
 
 
@@ -182,6 +240,15 @@ def test_special_tags_in_an_instruction_are_refused(tag):
 def test_bad_dialogues_and_settings_are_refused(messages, instruction, slot, words):
     with pytest.raises(UserError, match=words):
         t.training_dialogue(messages, instruction, slot)
+
+
+@pytest.mark.parametrize(
+    ("new", "words"),
+    [((1, "Act."), "cannot change at turn 1"), ((2, " "), "instruction is empty"), ((2, "[INST]"), "special tag")],
+)
+def test_bad_changes_are_refused(new, words):
+    with pytest.raises(UserError, match=words):
+        t.training_dialogue(DIALOGUE, INSTRUCTION, "user", new)
 
 
 def test_rows_that_would_teach_forgetting_are_refused():

@@ -153,3 +153,34 @@ def test_the_ppo_notebook_says_what_is_missing():
     assert "Traceback" not in caught.value.traceback
     last = caught.value.traceback.strip().splitlines()[-1]
     assert last.startswith("error: there is no PPO run at runs/none. Run `make demo`")
+
+
+@pytest.fixture(scope="module")
+def gatt_run(tmp_path_factory):
+    """Two policies, prompts for the user's turns, and a training row."""
+    folder = tmp_path_factory.mktemp("gatt")
+    for seed, name in enumerate(("ppo", "gatt_sft")):
+        save_tiny_policy(folder / name / "model", seed)
+    (folder / "world").mkdir()
+    (folder / "build_gatt").mkdir()
+    write_rows(folder / "world" / "gatt_evaluation_prompts.jsonl", prompt_rows(8))
+    messages = [{"role": "user", "content": "Act as a cat. the dog"}, {"role": "assistant", "content": "<b>red</b>"}]
+    given = {"wording": "Act as a cat.", "slot": "user"}
+    rows = [{"messages": messages, "instruction": given, "source": "gatt"}, {"messages": messages}]
+    write_rows(folder / "build_gatt" / "gatt.jsonl", rows)
+    return folder
+
+
+def test_the_attention_notebook_shows_both_models_on_the_same_dialogues(gatt_run):
+    small = {"DIALOGUES": "2", "TURNS": "2", "MAX_LENGTH": "512"}
+    notebook = execute("gatt_attention", RUN=str(gatt_run), **small)
+    assert len(outputs(notebook, "image/png")) == 3  # the map, its left edge, the curves
+    (said,) = outputs(notebook, "stdout")
+    assert "2 dialogues of" in said
+    for target in ("the instruction", "the first question"):
+        for name in ("before", "after"):
+            assert re.search(rf"to {target}, {name}: turn 1: 0\.\d\d\d, turn 2: 0\.\d\d\d", said)
+    (page,) = outputs(notebook, "text/html")
+    assert "in the user slot of turn 1" in page
+    assert "<b>red" not in page
+    assert outputs(notebook, "stderr") == [""]
