@@ -185,13 +185,14 @@ class Run:
             figures |= gold_figures(rollout, count, self.chat_format, self.gathered)
         self.folder.samples(step, decoded(rollout, self.ppo.num_samples, self.chat_format, "held_out"))
         scores, combined = self.gathered(count, rollout.scores_B), figures["eval/combined"]
-        if self.ppo.judge_helpfulness_model_path:
+        penalty = self.ppo.kl_coef * figures["eval/kl"]
+        if self.ppo.judge_helpfulness_model_path:  # nothing is trained against it: it needs no discount for distance
             judged, scores = self.judged(rollout)
-            figures, combined = figures | judged, judged["eval/judge_combined"]
+            figures, combined, penalty = figures | judged, judged["eval/judge_combined"], 0.0
         if self.state["unit"] is None:
             self.state["unit"] = moments_of(scores, "held-out score")
         mean, deviation = self.state["unit"]
-        objective = (combined - mean) / deviation - self.ppo.kl_coef * figures["eval/kl"]
+        objective = (combined - mean) / deviation - penalty
         best = self.state["best"]
         self.state["evaluations_since_best"] += 1
         if best is None or objective > best["objective"]:

@@ -197,7 +197,8 @@ def scripted(monkeypatch, proxy, judged):
 
 def test_the_judge_and_not_the_reward_model_chooses_the_policy(paths, tmp_path, monkeypatch):
     seen = scripted(monkeypatch, proxy=[0.0, 1.0, 2.0], judged=[0.0, 3.0, -1.0])  # at steps 0, 2, 4
-    summary = run_ppo(paths, tmp_path, *with_judge(paths, "--save_best", "true", "--kl_coef", "0"))
+    more = ("--kl_coef", "100", "--learning_rate", "1e-3")  # KL is not taken off what the judge says
+    summary = run_ppo(paths, tmp_path, *with_judge(paths, "--save_best", "true", *more))
     assert summary["best"]["step"] == 2
     assert torch.equal(final_weights(tmp_path), seen[2])
     rows = {row["step"]: row for row in metrics(tmp_path) if "eval/objective" in row}
