@@ -1,6 +1,6 @@
 """Settings of `rlhf/evaluate_safety.py`."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal
 
@@ -113,6 +113,11 @@ class EvaluateSafetySettings:
                 "nothing to evaluate: give model_name_or_path with prompt_files or xstest_files, or responses_files, "
                 "red_team_log or refusal_labels_files"
             )
+        of_sampling = ("temperature", "top_p", "samples_per_prompt", "max_new_tokens", "max_prompt_tokens")
+        defaults = {each.name: each.default for each in fields(self)}
+        idle = [name for name in of_sampling if getattr(self, name) != defaults[name]]
+        if idle and not self.model_name_or_path:
+            raise UserError(f"{', '.join(idle)}: no effect without model_name_or_path, as nothing is sampled")
         if self.releases and not self.red_team_log:
             raise UserError("releases: there is no red_team_log whose releases they order")
         if self.before_dir and Path(self.before_dir).resolve() == Path(self.output_dir).resolve():

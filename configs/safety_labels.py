@@ -33,6 +33,12 @@ LABELS = {"risk_category": RISK_CATEGORIES, "attack_vector": ATTACK_VECTORS}
 XSTEST_LABELS = ("safe", "unsafe")
 
 
+def short_name(field: str, value: Any) -> str | None:
+    """The short name of a risk category or attack vector, given by its short or whole name in any case, else None."""
+    names = {**{name: name for name in LABELS[field]}, **{words.lower(): name for name, words in LABELS[field].items()}}
+    return names.get(value.strip().lower()) if isinstance(value, str) else None
+
+
 def safety_labels(row: Mapping[str, Any], file: str, line: int) -> dict[str, str | None]:
     """The short names of a row's `risk_category` and `attack_vector`, None where it has none.
 
@@ -41,14 +47,12 @@ def safety_labels(row: Mapping[str, Any], file: str, line: int) -> dict[str, str
     found: dict[str, str | None] = {}
     for field, known in LABELS.items():
         value = row.get(field)
-        names = {**{name: name for name in known}, **{words.lower(): name for name, words in known.items()}}
-        key = value.strip().lower() if isinstance(value, str) else None
-        if value is not None and key not in names:
+        found[field] = short_name(field, value)
+        if value is not None and found[field] is None:
             raise UserError(
                 f"{file}:{line}: '{field}' is {value!r}; the known ones are {', '.join(known)}, or in whole "
                 f"{'; '.join(known.values())}"
             )
-        found[field] = None if key is None else names[key]
     return found
 
 

@@ -9,7 +9,7 @@ Pure functions. One `Observation` is one reply; turns count from 1.
 
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from configs.errors import UserError
@@ -26,6 +26,7 @@ class Observation:
         kind: the instruction's kind.
         obeyed: the checker's verdict on the reply.
         answer_ok: whether the reply, its decoration left out, answers (True where that is not judged).
+        parts: of a combination of instructions, the verdict on each by its kind; None of a single one.
     """
 
     dialogue: int
@@ -33,6 +34,7 @@ class Observation:
     kind: str
     obeyed: bool
     answer_ok: bool = True
+    parts: Mapping[str, bool] | None = None
 
     @property
     def counts(self) -> bool:
@@ -156,6 +158,12 @@ def summarise(
         kind: {f"{first}-{last}": range_mean(chosen, first, last) for first, last in spans}
         for kind, chosen in kinds.items()
     }
+    if parts := sorted({part for o in observations for part in o.parts or ()}):
+        each = {part: [replace(o, obeyed=o.parts[part]) for o in observations if o.parts and part in o.parts]
+                for part in parts}  # fmt: skip
+        summary["by_part"] = {
+            part: {str(t): _share(cell) for t, cell in by_turn(chosen).items()} for part, chosen in each.items()
+        }
     summary["obeyed"] = _condition_share(observations, turns, "obeyed")
     summary["answered"] = _condition_share(observations, turns, "answer_ok")
     summary["dialogues"] = dialogues

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from configs.errors import UserError
-from gatt.checkers import without_accents
+from gatt.checkers import mentions, without_accents
 from gatt.instructions import parse_instruction
 from gatt.kinds import KINDS, Kind, kind_named
 from gatt.transform import SPECIAL_TAGS
@@ -163,6 +163,11 @@ def count_values(kind: Kind, answers: Iterable[Sequence[Line]]) -> dict[str, int
             named[key] += 1
     counted = {spellings[key].most_common(1)[0][0]: count for key, count in named.items()}
     return dict(sorted(counted.items(), key=lambda item: (-item[1], item[0])))
+
+
+def told_apart(unseen: Sequence[str], taught: Sequence[str]) -> list[str]:
+    """The values of `unseen` that no taught value holds or is held by: "Einstein" is taught by "Albert Einstein"."""
+    return [v for v in unseen if not any(mentions(v, t) or mentions(t, v) for t in taught)]
 
 
 def split_values(values: Sequence[str], unseen_share: float, rng: random.Random) -> tuple[list[str], list[str]]:

@@ -241,7 +241,11 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
     gatt, model_settings, sampling, run_settings = cli.parse(
         GattSettings, ModelSettings, SamplingSettings, RunSettings, args=args
     )
+    from rlhf.models import data_fingerprints
+
     settings = {**asdict(gatt), **asdict(model_settings), **asdict(sampling), **asdict(run_settings)}
+    values = [file for file in (gatt.values_file, gatt.unseen_values_file) if file]
+    settings["data"] = data_fingerprints(gatt.prompt_files, gatt.replay_files, values)
     if done := RunFolder.completed(run_settings.output_dir, settings):
         return done
     if not gatt.prompt_files:
@@ -249,7 +253,6 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
     from accelerate import PartialState
     from tqdm import tqdm
 
-    from rlhf.models import data_fingerprint
     from rlhf.tokenizer import load_tokenizer
 
     started = time.monotonic()
@@ -274,7 +277,6 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
     check_encodable([*(plan.instruction for plan, _, _ in plans), *changes], chat_format)
 
     content = {k: v for k, v in settings.items() if k not in ("output_dir", "report_to", "logging_steps", "resume")}
-    content["data"] = [data_fingerprint(path) for path in gatt.prompt_files]
     size, total = gatt.chunk_size, len(plans)
     shards = shard_folder(output_dir, content, total, size)
     if not run_settings.resume and state.is_main_process:

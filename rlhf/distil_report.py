@@ -75,7 +75,7 @@ One JSON object a line in `distilled.jsonl`:
 
 - `messages`: conversational, as TRL's SFTTrainer reads it; the preprompt is not in it;
 - `train_on`: `last`, loss on the last reply only (for TRL, split it off as `completion`);
-- `is_safety`, `category`: of the prompt; `preprompt`: generic or targeted;
+- `is_safety`, `risk_category`: of the prompt; `preprompt`: generic or targeted;
 - `safety_score`, `original_safety_score`: raw scores of this answer and of the original one.
 
 Train it together with ordinary dialogues: by itself it teaches to decline.

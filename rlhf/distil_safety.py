@@ -41,7 +41,7 @@ from configs.engine_settings import NOT_SAMPLED
 from configs.errors import UserError
 from configs.model_settings import LORA_FIELDS, ModelSettings, RunSettings
 from configs.records import read_prompts, write_jsonl
-from configs.safety_labels import RISK_CATEGORIES
+from configs.safety_labels import RISK_CATEGORIES, short_name
 from reward.model import load_reward_model
 from reward.scorer import score_ids
 from rlhf.cli import entry, parse
@@ -80,12 +80,13 @@ def choose_preprompt(
         return None, "not a safety prompt", "is_safety is not true; helpful prompts are never distilled"
     if settings.preprompt_kind == "generic":
         return wordings.draw(rng), "", ""
-    category = record.get(settings.category_field)
-    if category is None and settings.uncategorised == "generic":
+    given = record.get(settings.category_field)
+    category = short_name("risk_category", given)
+    if given is None and settings.uncategorised == "generic":
         return wordings.draw(rng), "", ""
-    if category not in tuple(RISK_CATEGORIES):  # a tuple: the field may hold anything, lists too
-        reason = "no risk category" if category is None else "unknown risk category"
-        return None, reason, f"'{settings.category_field}' is {category!r}, not one of {', '.join(RISK_CATEGORIES)}"
+    if category is None:
+        reason = "no risk category" if given is None else "unknown risk category"
+        return None, reason, f"'{settings.category_field}' is {given!r}, not one of {', '.join(RISK_CATEGORIES)}"
     return wordings.draw(rng, category), "", ""
 
 
@@ -208,7 +209,7 @@ def training_row(row: Row, best: int, record: Row, category_field: str) -> Row:
         "train_on": "last",
         "source": SOURCE,
         "is_safety": row["is_safety"],
-        "category": record.get(category_field),
+        "risk_category": short_name("risk_category", record.get(category_field)),
         "preprompt": record["preprompt"].kind,
         "safety_score": round(row["safety"][best], 5),
         "original_safety_score": round(row["safety"][0], 5),

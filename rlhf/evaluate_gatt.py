@@ -106,6 +106,7 @@ def run_persistence(
         if settings.change_turn and given is not None:  # before any work: a kind may have no other value
             rng = random.Random(f"gatt change {name} {seed}")
             changes[name] = draw_others(settings, given, split, rng), rng
+            check_encodable(changes[name][0], chat_format)
 
     def played(openings: Sequence[Opening]) -> Played:
         return play(model, chat_format, tokenizer.pad_token_id, openings, user_turns, settings, seed)
@@ -202,8 +203,8 @@ def measured_before(folder: str, settings: Mapping[str, Any]) -> tuple[dict[str,
     summary, theirs = RunFolder.completed(folder), saved_settings(folder)
     if summary is None or "trained" not in summary:
         raise UserError(f"baseline_dir: {folder} holds no finished run of evaluate_gatt.py")
-    fields = [*PersistenceSettings.__dataclass_fields__, "chat_format", "seed"]
-    differ = [n for n in fields if n not in NOT_OF_THE_DIALOGUES and theirs.get(n) != settings[n]]
+    fields = [*PersistenceSettings.__dataclass_fields__, "chat_format", "seed", "data"]
+    differ = [n for n in fields if n not in NOT_OF_THE_DIALOGUES and theirs.get(n) != settings.get(n)]
     if differ:
         raise UserError(f"baseline_dir: {folder} was measured with another {', '.join(differ)}; use the same settings")
     try:
@@ -216,7 +217,11 @@ def measured_before(folder: str, settings: Mapping[str, Any]) -> tuple[dict[str,
 def main(args: list[str] | None = None) -> dict[str, Any]:
     """Measure the policy, and the baseline where one is named; returns the summary."""
     settings, model_settings, run_settings = cli.parse(PersistenceSettings, ModelSettings, RunSettings, args=args)
+    from rlhf.models import data_fingerprints
+
     resolved = {**asdict(settings), **asdict(model_settings), **asdict(run_settings)}
+    values = [file for file in (settings.values_file, settings.unseen_values_file) if file]
+    resolved["data"] = data_fingerprints(settings.prompt_files, values)
     if done := RunFolder.completed(run_settings.output_dir, resolved):
         return done
     if not settings.prompt_files:

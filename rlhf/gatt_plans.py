@@ -10,6 +10,7 @@ from typing import Any
 from configs.chat import ChatFormat, ChatFormatError
 from configs.errors import UserError
 from configs.gatt_settings import GattSettings, InstructionSettings
+from gatt.checkers import mentions
 from gatt.instructions import check_kinds, draw_combinations, drawable, parse_instruction, sample_instructions
 from gatt.kinds import DEFAULT_KINDS, Instruction, kind_named, values_of
 from gatt.synth import Change, Plan, plan_dialogues
@@ -107,7 +108,7 @@ def draw_instructions(settings: InstructionSettings, n: int, split: str, rng: ra
     files = {"train": settings.values_file, "unseen": settings.unseen_values_file}
     read = {name: _read_values(path, _FILE_SETTING[name]) for name, path in files.items() if path}
     kinds = settings.kinds if settings.kinds is not None else list(read.get(split, DEFAULT_KINDS))
-    check_kinds(kinds, settings.max_constraints)
+    check_kinds(kinds, settings.max_constraints if split == "train" else 1)
     if "unseen" in read:
         lists = read.get("train") or {kind: list(values_of(kind, "train")) for kind in read["unseen"]}
         taught = {(kind, value.lower()) for kind, values in lists.items() for value in values}
@@ -175,34 +176,69 @@ def make_plans(settings: GattSettings, prompts: Sequence[dict[str, Any]], seed: 
 def change_some(settings: GattSettings, plans: Sequence[Plan], seed: int) -> list[Plan]:
     """`plans` with a change of instruction in `change_share` of them, at a turn drawn from the second to the last.
 
-    Plans of one turn stay as they are, and do not count.
+    Plans of one turn stay as they are, and so do instructions without a value, such as a haiku; they do not count. Nor
+    does an instruction change that no other one could take the place of. UserError where none of them could change.
     """
     rng = random.Random(f"gatt changes {seed}")
-    long = [i for i, plan in enumerate(plans) if len(plan.user_turns) > 1]
-    chosen = sorted(rng.sample(long, round(settings.change_share * len(long))))
+    old = long_ones(plans)
+    able = [i for i, instruction in old.items() if any(part.value for part in instruction.constraints)]
+    chosen = sorted(rng.sample(able, round(settings.change_share * len(able))))
     changed = list(plans)
-    old = [instruction for i in chosen if (instruction := plans[i].instruction)]
-    for i, new in zip(chosen, draw_others(settings, old, "train", rng), strict=True):
-        turn = rng.randint(2, len(plans[i].user_turns))
+    pool = draw_instructions(settings, max(POOL, len(chosen)), "train", rng) if chosen else []
+    for i in chosen:
+        turn, new = rng.randint(2, len(plans[i].user_turns)), other_of(old[i], pool, rng)
+        if new is None:
+            continue
         changed[i] = replace(plans[i], change=Change(turn, new, draw_wording(settings, new, rng)))
+    if settings.change_share and long_ones(plans) and not any(plan.change for plan in changed):
+        raise UserError(
+            f"change_share: {settings.change_share}, but no instruction drawn can change: their kinds take no value, "
+            "or the list has no other; add values or kinds"
+        )
     return changed
+
+
+def long_ones(plans: Sequence[Plan]) -> dict[int, Instruction]:
+    """The instructions of the plans that have one and more than one turn, by place."""
+    return {i: plan.instruction for i, plan in enumerate(plans) if len(plan.user_turns) > 1 and plan.instruction}
 
 
 def draw_others(
     settings: InstructionSettings, old: Sequence[Instruction], split: str, rng: random.Random
 ) -> list[Instruction]:
-    """For each instruction another of its kind, with another value: the two cannot both be meant.
+    """For each instruction another one of its kind, as `other_of` draws it.
 
-    Raises UserError where a kind has no other value.
+    Raises UserError where there is none.
     """
     pool = draw_instructions(settings, max(POOL, len(old)), split, rng) if old else []
     others = []
     for instruction in old:
-        choices = [each for each in pool if each.kind == instruction.kind and each.value != instruction.value]
-        if not choices:
+        other = other_of(instruction, pool, rng)
+        if other is None:
             raise UserError(
-                f"an instruction of kind '{instruction.kind}' cannot change: there is one value in the {split} list; "
-                "add values or leave the kind out"
+                f"change_turn: no other instruction can take the place of {instruction.text!r}: its kind takes no "
+                f"value, or the {split} list has none that differs enough; add values or leave kind "
+                f"'{instruction.kind}' out"
             )
-        others.append(rng.choice(choices))
+        others.append(other)
     return others
+
+
+def other_of(old: Instruction, pool: Sequence[Instruction], rng: random.Random) -> Instruction | None:
+    """One of the pool, of the same kind, that can be obeyed while the old one is not; None where there is none."""
+    choices = [each for each in pool if each.kind == old.kind and not implies(each, old)]
+    return rng.choice(choices) if choices else None
+
+
+def implies(new: Instruction, old: Instruction) -> bool:
+    """True where whoever obeys `new` obeys `old` too, both of the same kind(s): the same value, fewer words than
+    allowed before, or a name that holds the other's."""
+    values = {part.kind: part.value for part in new.constraints}
+
+    def kept(part: Instruction) -> bool:
+        value = values[part.kind]
+        if part.kind == "max_words":
+            return int(value) <= int(part.value)
+        return value == part.value or (part.kind in ("figure", "hobby") and mentions(part.value, value))
+
+    return all(kept(part) for part in old.constraints)

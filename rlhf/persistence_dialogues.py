@@ -6,7 +6,7 @@ from typing import Any
 from configs.chat import ChatFormat
 from configs.gatt_settings import PersistenceSettings
 from configs.sampling_settings import SamplingSettings
-from gatt.instructions import obeys, strip_obedience
+from gatt.instructions import obeyed_parts, strip_obedience
 from gatt.kinds import Instruction
 from gatt.persistence import Observation
 from gatt.synth import Draft
@@ -87,7 +87,10 @@ def observe(
             answers = gold is None or (
                 gold(asked(user_turns[d][t]), strip_obedience(instruction, text)) >= targets[d][t] - 1e-9
             )
-            observations.append(Observation(d, t + 1, instruction.kind, obeys(instruction, text), answers))
+            parts = obeyed_parts(instruction, text)
+            observations.append(Observation(
+                d, t + 1, instruction.kind, all(parts.values()), answers, parts if instruction.parts else None
+            ))  # fmt: skip
     return observations
 
 

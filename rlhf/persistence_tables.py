@@ -45,13 +45,18 @@ def _columns(summary: Mapping[str, Any]) -> dict[tuple[str, str], Mapping[str, A
     return found
 
 
+def _span(columns: Mapping[tuple[str, str], Any]) -> str:
+    """The turns that means are over, "1 to 20" unless dialogues were shorter."""
+    return next((next(iter(table["mean"])) for table in columns.values() if table["mean"]), "1-20").replace("-", " to ")
+
+
 def _named(columns: Mapping[tuple[str, str], Any]) -> list[str]:
     return [policy + (", values never taught" if values == "unseen" else "") for policy, values in columns]
 
 
 def _by_turn(summary: Mapping[str, Any]) -> ResultTable:
     columns, made = _columns(summary), table_30(summary)
-    names = {"1-20": "mean of turns 1 to 20", "last": "last turn of each dialogue"}
+    names = {"1-20": f"mean of turns {_span(columns)}", "last": "last turn of each dialogue"}
     rows = [
         ([names.get(row, row)], [share_cell(made[row].get(policy, {}).get(values)) for policy, values in columns])
         for row in sorted(made, key=lambda row: (not row.isdigit(), row.isdigit() and int(row)))
@@ -67,8 +72,8 @@ def _by_kind(summary: Mapping[str, Any]) -> ResultTable:
         ([kind], [share_cell(_mean(_first(table["by_kind_mean"].get(kind)))) for table in columns.values()])
         for kind in kinds
     ]  # fmt: skip
-    note = "Per cent of replies of turns 1 to 20 that obey; the intervals take the dialogue as their unit."
-    return ResultTable("By kind of instruction, turns 1 to 20", ["kind"], _named(columns), rows, note)
+    note = f"Per cent of replies of turns {_span(columns)} that obey; the intervals take the dialogue as their unit."
+    return ResultTable(f"By kind of instruction, turns {_span(columns)}", ["kind"], _named(columns), rows, note)
 
 
 def _changes(summary: Mapping[str, Any]) -> ResultTable:

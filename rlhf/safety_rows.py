@@ -151,6 +151,11 @@ def judge_by_scores(
                 continue
             dialogues.append(whole.input_ids)
             places.append((row, k))
+    if not places and any(row["part"] == "risky" for row in rows):
+        raise UserError(
+            "safety_model_path: its chat format can read none of the answers to risky prompts; check chat_format, and "
+            "whether the answers are empty"
+        )
     for (row, k), value in zip(places, score(dialogues), strict=True):
         row["reward_safety"][k] = round(value, 4)
         row["violation"][k] = value < below

@@ -85,6 +85,11 @@ def run_study(settings: SafetyScalingSettings) -> dict[str, Any]:
     return run.finish(summary)
 
 
+def answered_prompts(messages: list[dict[str, str]]) -> list[list[dict[str, str]]]:
+    """What each reply of a dialogue answers: the messages before it."""
+    return [list(messages[:i]) for i, message in enumerate(messages) if message["role"] == "assistant"]
+
+
 def read_data(settings: SafetyScalingSettings, chat: ChatFormat) -> tuple[list[Row], list[Row], list[Row], int]:
     """(helpful dialogues, safety dialogues, held-out prompts, training rows left out because they answer one of those).
 
@@ -104,7 +109,8 @@ def read_data(settings: SafetyScalingSettings, chat: ChatFormat) -> tuple[list[R
     leaked = 0
     for name, files in (("helpful_files", settings.helpful_files), ("safety_files", settings.safety_files)):
         rows = [row for file in files for row in read_dialogues(file, **options).rows]
-        kept.append([row for row in rows if canonical_prompt({"prompt": row["messages"][:-1]}) not in held_out])
+        kept.append([row for row in rows if not any(canonical_prompt({"prompt": asked}) in held_out
+                                                    for asked in answered_prompts(row["messages"]))])  # fmt: skip
         leaked += len(rows) - len(kept[-1])
         if not kept[-1]:
             raise UserError(f"{name}: all {len(rows)} dialogues answer prompts of prompt_files, which are held out")

@@ -38,7 +38,7 @@ def encode_dialogue(row: dict[str, Any], chat_format: ChatFormat, max_length: in
                 prompt = len(chat_format.encode_prompt(kept[:-1]))
                 labels[:prompt] = [IGNORED] * prompt
             return {"input_ids": encoded.input_ids, "labels": labels}, verdict
-        if row.get("instruction"):
+        if isinstance(row.get("instruction"), dict):  # of Ghost Attention; another data set may call a text so
             break
         turns, verdict = turns[2:], "shortened"
     return {"input_ids": [], "labels": []}, "too_long"

@@ -42,9 +42,9 @@ def coloured_row(row: Mapping[str, Any], chat_format: ChatFormat, max_length: in
 
 def _title(row: Mapping[str, Any], verdict: str, tokens: list[tuple[str, bool]]) -> str:
     facts = [str(row.get("source", "dialogue"))]
-    if instruction := row.get("instruction"):
+    if isinstance(instruction := row.get("instruction"), dict) and {"wording", "slot"} <= instruction.keys():
         facts.append(f"{instruction['wording']!r} in the {instruction['slot']} slot of turn 1")
-    if change := row.get("change"):
+    if isinstance(change := row.get("change"), dict) and {"wording", "turn"} <= change.keys():
         facts.append(f"{change['wording']!r} at turn {change['turn']}")
     if verdict == "too_long":
         return ", ".join([*facts, "too long: training leaves it out"])

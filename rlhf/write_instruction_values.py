@@ -35,7 +35,7 @@ from configs.instruction_values_settings import InstructionValuesSettings
 from configs.model_settings import ModelSettings, RunSettings
 from configs.records import write_jsonl
 from gatt.kinds import Kind, kind_named
-from gatt.value_lists import QUESTIONS, Line, check_listed, count_values, read_answer, split_values
+from gatt.value_lists import QUESTIONS, Line, check_listed, count_values, read_answer, split_values, told_apart
 from rlhf.cli import entry, parse
 from rlhf.draw import sample_seeds
 from rlhf.engines import load_engine
@@ -130,7 +130,10 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
     splits = {}
     for name, values in counts.items():
         rng = random.Random(f"instruction values {name} {run.seed}")
-        splits[name] = split_values(list(values), settings.unseen_share, rng)
+        taught, unseen = split_values(list(values), settings.unseen_share, rng)
+        splits[name] = taught, told_apart(unseen, taught)
+        if not splits[name][1]:
+            raise UserError(f"kinds: every value of '{name}' set aside is part of a taught one; ask for more answers")
     written = {
         "values.json": {name: taught for name, (taught, _) in splits.items()},
         "unseen_values.json": {name: unseen for name, (_, unseen) in splits.items()},

@@ -231,8 +231,27 @@ def test_plans_with_changes_differ_in_nothing_else():
 def test_a_kind_of_one_value_cannot_change(tmp_path):
     (tmp_path / "v.json").write_text(json.dumps({"figure": ["Nero"]}))
     settings = GattSettings(values_file=str(tmp_path / "v.json"), change_share=1.0, num_dialogues=4)
-    with pytest.raises(UserError, match="kind 'figure' cannot change"):
+    with pytest.raises(UserError, match="change_share: 1.0, but no instruction drawn can change"):
         make_plans(settings, usable_prompts(prompts_of(QUESTIONS))[0], 0)
+
+
+def test_only_what_can_change_changes(tmp_path):
+    settings = GattSettings(kinds=["haiku", "max_words", "figure"], change_share=1.0, num_dialogues=60, min_turns=2)
+    changes = [(plan.instruction, plan.change.instruction) for plan, _, _ in
+               make_plans(settings, usable_prompts(prompts_of(QUESTIONS))[0], 0) if plan.change]  # fmt: skip
+    assert {old.kind for old, _ in changes} == {"max_words", "figure"}  # a haiku has no value
+    # Fewer words than before would obey the old limit as well.
+    assert all(int(new.value) > int(old.value) for old, new in changes if old.kind == "max_words")
+
+
+def test_rows_of_another_values_file_are_not_taken_for_these(obedient, model_dir, prompt_file, tmp_path):
+    (tmp_path / "v.json").write_text(json.dumps({"figure": ["Nero", "Homer"]}))
+    more = ("--values_file", str(tmp_path / "v.json"))
+    build(tmp_path / "out", model_dir, prompt_file, *more)
+    (tmp_path / "v.json").write_text(json.dumps({"figure": ["Dante", "Plato"]}))  # the same name
+    build(tmp_path / "out", model_dir, prompt_file, *more)
+    rows = [json.loads(line) for line in (tmp_path / "out" / "gatt.jsonl").read_text().splitlines()]
+    assert {row["instruction"]["value"] for row in rows if row["instruction"]} == {"Dante", "Plato"}
 
 
 def test_a_policy_that_never_obeys_is_told(model_dir, prompt_file, tmp_path):

@@ -115,6 +115,7 @@ def settings(**extra) -> DistilSettings:
         ({"is_safety": False, "risk_category": "advice"}, {"preprompt_kind": "targeted"}, None, "not a safety prompt"),
         ({"is_safety": False}, {"include_helpful": True, "preprompt_kind": "targeted"}, None, ""),
         ({"is_safety": True, "risk_category": "advice"}, {"preprompt_kind": "targeted"}, "advice", ""),
+        ({"is_safety": True, "risk_category": "Unqualified advice"}, {"preprompt_kind": "targeted"}, "advice", ""),
         ({"is_safety": True, "source": "illicit"}, {"preprompt_kind": "targeted", "category_field": "source"},
          "illicit", ""),
         ({"is_safety": True}, {"preprompt_kind": "targeted"}, None, ""),

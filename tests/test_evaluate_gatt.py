@@ -48,7 +48,10 @@ def measure(monkeypatch, **more):
     reward = more.pop("reward", None)
     settings = PersistenceSettings(**{"num_dialogues": 4, "num_turns": 6, "answer_check": "gold"} | more)
     tokenizer = type("T", (), {"pad_token_id": 3})()
-    return evaluate_gatt.run_persistence(None, tokenizer, None, turns, FIGURES, settings, gold=gold, reward=reward)
+    chat_format = type("F", (), {"encode_prompt": staticmethod(lambda messages: [])})()
+    return evaluate_gatt.run_persistence(
+        None, tokenizer, chat_format, turns, FIGURES, settings, gold=gold, reward=reward
+    )
 
 
 def test_dialogues_are_played_to_the_context_limit(monkeypatch):

@@ -206,7 +206,11 @@ def test_xstests_published_answers_are_labels_too(tmp_path):
         ({"responses_files": ["r"], "releases": ["v1"]}, "no red_team_log"),
         ({"red_team_log": "l", "before_dir": "b"}, "no responses to compare"),
         ({"responses_files": ["r"], "before_dir": "./o"}, "it is output_dir"),
-        ({"responses_files": ["r"], "samples_per_prompt": 2, "temperature": 0.0}, "greedy responses"),
+        (
+            {"model_name_or_path": "m", "xstest_files": ["x"], "samples_per_prompt": 2, "temperature": 0.0},
+            "greedy responses",
+        ),
+        ({"responses_files": ["r"], "temperature": 0.3}, "temperature: no effect without model_name_or_path"),
         ({"responses_files": ["r"], "top_p": 0.0}, "top_p"),
     ],
 )

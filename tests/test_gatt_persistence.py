@@ -97,3 +97,12 @@ def test_nothing_to_measure_is_an_error():
         summarise([], 0, 5)
     with pytest.raises(UserError, match="num_dialogues is 0"):
         summarise([], 20, 0)
+
+
+def test_each_part_of_a_combination_is_told():
+    """Two replies under figure+hobby: both parts obeyed, then the hobby alone; the second reply obeys nothing whole."""
+    parts = [{"figure": True, "hobby": True}, {"figure": False, "hobby": True}]
+    seen = [Observation(0, t + 1, "figure+hobby", all(p.values()), parts=p) for t, p in enumerate(parts)]
+    table = summarise(seen, 2, 1)
+    assert (table["1"], table["2"]) == (1.0, 0.0)
+    assert table["by_part"] == {"figure": {"1": 1.0, "2": 0.0}, "hobby": {"1": 1.0, "2": 1.0}}

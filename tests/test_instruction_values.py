@@ -10,7 +10,17 @@ from configs.errors import UserError
 from configs.gatt_settings import InstructionSettings
 from configs.instruction_values_settings import InstructionValuesSettings
 from gatt.kinds import KINDS
-from gatt.value_lists import Line, check_listed, count_values, read_answer, same, split_lines, split_values, tidy
+from gatt.value_lists import (
+    Line,
+    check_listed,
+    count_values,
+    read_answer,
+    same,
+    split_lines,
+    split_values,
+    tidy,
+    told_apart,
+)
 from rlhf import write_instruction_values
 from rlhf.gatt_plans import draw_instructions
 from rlhf.samples import SampleBatch
@@ -249,3 +259,7 @@ def test_kinds_without_a_list(kinds, words):
 def test_settings_that_cannot_work(more, words):
     with pytest.raises(UserError, match=words):
         InstructionValuesSettings(**more)
+
+
+def test_what_a_taught_value_holds_is_not_unseen():
+    assert told_apart(["Einstein", "Bach", "Art"], ["Albert Einstein", "Bachmann", "Mozart"]) == ["Bach", "Art"]

@@ -12,7 +12,7 @@ from configs.errors import UserError
 from configs.row_files import read_rows
 from configs.safety_scaling_settings import SafetyScalingSettings
 from rlhf import pipeline, safety_scaling, safety_scaling_report
-from rlhf.safety_scaling import draw_subsets
+from rlhf.safety_scaling import answered_prompts, draw_subsets
 from rlhf.score_tail import distribution, sigmoid
 
 
@@ -234,3 +234,9 @@ def test_prompts_of_one_kind_are_refused(study, tmp_path):
     file = write_rows(tmp_path / "p.jsonl", prompts)
     with pytest.raises(UserError, match="prompt_files: 0 of 4 prompts have is_safety"):
         safety_scaling.main(config(tmp_path, study, prompt_files=[file]))
+
+
+def test_a_held_out_prompt_in_an_earlier_turn_is_a_leak_too():
+    dialogue = [{"role": role, "content": text} for role, text in
+                (("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d"))]  # fmt: skip
+    assert answered_prompts(dialogue) == [dialogue[:1], dialogue[:3]]
