@@ -358,4 +358,5 @@ def test_every_stage_of_the_small_real_model_runs_in_one_command(tmp_path):
 def test_a_script_launched_by_its_path_shows_its_fields(script, tmp_path):
     done = launch(str(script.relative_to(ROOT)), "--help", folder=tmp_path, timeout=120)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert "--output_dir" in done.stdout
+    # A script that only shows something writes no run folder.
+    assert ("--train_file" if script.stem == "inspect_gatt" else "--output_dir") in done.stdout
