@@ -105,6 +105,13 @@ class PPOSettings(ScoringSettings):
     kl_horizon: int = field(
         default=10_000, metadata={"help": "Of kl_controller: adaptive: responses over which beta may move by 20 %."}
     )
+    center_scores: bool = field(
+        default=False,
+        metadata={
+            "help": "With the piecewise reward: measure each reward model's scores from its mean on the first iteration's "
+            "responses. Models of pairs have no common zero; without it the reward says first which model decided."
+        },
+    )
     missing_eos_penalty: float = field(
         default=0.0, metadata={"help": "Taken from the raw combined score of a response cut off by max_new_tokens."}
     )
@@ -183,6 +190,12 @@ class PPOSettings(ScoringSettings):
             raise UserError(f"eval_prompts: {self.eval_prompts}; give at least 1, or no eval_prompt_file")
         if self.save_best and not self.eval_prompt_file:
             raise UserError("save_best needs eval_prompt_file: without held-out prompts there is no best")
+        if self.center_scores and self.reward_combination != "piecewise":
+            raise UserError(f"center_scores is for reward_combination: piecewise, not {self.reward_combination}")
+        if self.center_scores and self.value_model == "path":
+            raise UserError(
+                "center_scores does not know where the scores of value_model_path have their zero; use another value_model"
+            )
         self._check_sampling()
         self._check_kl()
         self._check_judge()

@@ -108,8 +108,8 @@ class Run:
             self.ppo = ppo = replace(ppo, recompute_logprobs=True)
         self.optimizer = make_optimizer(self.roles, ppo)
         self.state: dict[str, Any] = {
-            "step": 0, "skipped": 0, "best": None, "unit": None, "value_unit": None, "kl_coef": ppo.kl_coef,
-            "figures": {}, "alarms": {}, "evaluations_since_best": 0, "judge_start": None,
+            "step": 0, "skipped": 0, "best": None, "unit": None, "value_unit": None, "zeros": None,
+            "kl_coef": ppo.kl_coef, "figures": {}, "alarms": {}, "evaluations_since_best": 0, "judge_start": None,
         }  # fmt: skip
         self.folder_path = Path(run.output_dir)
         self.checkpointed_best: int | None = None  # the step of the best policy that the newest checkpoint names
@@ -137,7 +137,7 @@ class Run:
         rollout = self.sample(prompts_of(step, self.prompts, self.ppo.batch_size // k, self.settings.seed), seed, k)
         rollout = self.put_values_on_scale(rollout)
         kl_coef = self.state["kl_coef"]
-        advantages_BR, returns_BR = advantages_and_returns(rollout, self.ppo, self.accelerator, kl_coef)
+        advantages_BR, returns_BR = advantages_and_returns(self.centered(rollout), self.ppo, self.accelerator, kl_coef)
         collected = time.perf_counter()
         figures, self.state["skipped"] = update(
             self.roles, self.optimizer, rollout, advantages_BR, returns_BR, self.ppo, self.accelerator, seed,
@@ -161,15 +161,32 @@ class Run:
             "memory/peak_mib": peak_memory_mib(self.accelerator.device),
         }
 
+    def centered(self, rollout: Rollout) -> Rollout:
+        """With `center_scores`, its combined scores from the zero of the reward model that decided each: the model's
+        mean over the first iteration's responses, which then stays. Which one decides is up to the scores as they are.
+        """
+        if not self.ppo.center_scores:
+            return rollout
+        if self.state["zeros"] is None:
+            columns = self.gathered(self.ppo.batch_size, rollout.raw["helpfulness"], rollout.raw["safety"])
+            self.state["zeros"] = [moments_of(column, "score")[0] for column in columns.unbind(1)]
+        helpfulness, safety = self.state["zeros"]
+        zeros_B = torch.where(rollout.safety_decides_B, safety, helpfulness)
+        return replace(rollout, scores_B=rollout.scores_B - zeros_B)
+
     def put_values_on_scale(self, rollout: Rollout) -> Rollout:
         """On the first iteration, the affine map of the module docstring, point 2; it then stays."""
         if self.state["value_unit"] is not None or not self.ppo.value_path:
             return rollout
-        scores, kept = self.gathered(self.ppo.batch_size, rollout.scores_B, rollout.kept_B(self.ppo)).unbind(1)
+        centered_B = self.centered(rollout).scores_B
+        scores, kept = self.gathered(self.ppo.batch_size, centered_B, rollout.kept_B(self.ppo)).unbind(1)
         scores = scores[(kept > 0) & scores.isfinite()]  # nan would stay, in checkpoints too
         if not len(scores):
             return rollout  # nothing is trained in this iteration either
-        self.state["value_unit"] = shift, scale = moments_of(scores, "score")
+        shift, scale = moments_of(scores, "score")
+        if self.ppo.center_scores:  # its head still reads the helpfulness model's scores as they are
+            shift += self.state["zeros"][0]
+        self.state["value_unit"] = [shift, scale]
         self.roles.value_shift, self.roles.value_scale = shift, scale
         values_BR = (rollout.values_BR - shift) / scale
         return replace(rollout, values_BR=torch.where(rollout.sequences.response_mask_BR, values_BR, 0.0))

@@ -392,6 +392,8 @@ def test_uncapped_weights_turn_the_samplers_mean_into_the_trainers():
         ({"importance_cap": 0.5, "bf16": True}, "at least 1, or 0"),
         ({"importance_cap": float("nan"), "bf16": True}, "at least 1, or 0"),
         ({"importance_cap": 3.0}, "importance_cap has no effect"),
+        ({"center_scores": True, "reward_combination": "mean"}, "center_scores is for reward_combination: piecewise"),
+        ({"center_scores": True, "value_model": "path", "value_model_path": "x"}, "have their zero"),
         ({"sampling_engine": "server"}, "weights it has loaded"),
         ({"sampling_engine": "auto"}, "resumed run"),
         ({"sampling_engine": "vllm"}, "neither `in_process` nor `continuous_batching`"),

@@ -25,6 +25,7 @@ from configs.model_settings import ModelSettings
 from configs.ppo_settings import PPOSettings
 from rlhf import alarms
 from rlhf import ppo as ppo_script
+from rlhf import roles as roles_module
 from rlhf import update as update_module
 from rlhf.hardware import FLOAT_ATTENTION, token_budget
 from rlhf.load_roles import load_roles
@@ -656,6 +657,40 @@ def test_a_score_that_is_no_number_does_not_spoil_the_scale_of_values(paths, tmp
     assert steps == [(0, 2), (2, 0)]
     unit = json.loads((tmp_path / "checkpoint-2" / "state.json").read_text())["value_unit"]
     assert all(map(math.isfinite, unit))
+
+
+def test_centered_scores_do_not_depend_on_a_reward_models_zero(paths, tmp_path, monkeypatch):
+    """A constant on every score of one model must change no step; without `center_scores` it tells prompts' kinds."""
+    real = roles_module.Roles.scores
+
+    def shifted(self, name, *args):
+        return real(self, name, *args) + (3.0 if name == "helpfulness" else 0.0)
+
+    def weights(folder, *extra):
+        run_ppo(paths, tmp_path / folder, "--value_model", "policy", *extra, total=2)
+        return final_weights(tmp_path / folder)
+
+    centered, plain = weights("centered", "--center_scores", "true"), weights("plain")
+    state = json.loads((tmp_path / "centered" / "checkpoint-2" / "state.json").read_text())
+    first = metrics(tmp_path / "centered")[1]  # row 0 is the held-out evaluation
+    means = [first["reward/helpfulness"], first["reward/safety"]]
+    assert state["zeros"] == pytest.approx(means, abs=1e-5)
+    monkeypatch.setattr(roles_module.Roles, "scores", shifted)
+    assert torch.allclose(weights("centered_shifted", "--center_scores", "true"), centered, atol=1e-6)
+    assert not torch.allclose(weights("plain_shifted"), plain, atol=1e-3)
+
+
+def test_centered_values_start_from_the_helpfulness_models_own_zero(paths, tmp_path):
+    """The value model's head reads raw helpfulness scores: their mean must become 0 on the whitened, centered scale."""
+    run_ppo(paths, tmp_path, "--center_scores", "true", "--save_steps", "1", total=1)
+    state = json.loads((tmp_path / "checkpoint-1" / "state.json").read_text())
+    shift, scale = state["value_unit"]
+    row = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[1])
+    centered_mean = row["reward/combined"] - (
+        row["reward/safety_decides"] * state["zeros"][1] + (1 - row["reward/safety_decides"]) * state["zeros"][0]
+    )
+    assert shift == pytest.approx(state["zeros"][0] + centered_mean, abs=1e-5)
+    assert scale > 0
 
 
 def test_bf16_rounds_hidden_states_and_little_else(paths):
