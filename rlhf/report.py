@@ -16,7 +16,7 @@ from rich.text import Text
 
 from rlhf import plots
 from rlhf.alarms import spells
-from rlhf.report_page import COLUMNS, cell, families_text, goal_texts, page
+from rlhf.report_page import COLUMNS, cell, distillation_text, families_text, goal_texts, page
 from rlhf.run import write_atomic
 from rlhf.summary import STAGES, build, read_rows
 
@@ -128,8 +128,9 @@ def _show_stages(summary: Mapping[str, Any], console: Console) -> None:
     console.print(
         Text("  Below each figure stands its 95 % interval. No training stage sees the true scores.", style="dim")
     )
-    if text := families_text(summary):
-        console.print(Text(f"  {text}", style="dim"))
+    for text in (families_text(summary), distillation_text(summary)):
+        if text:
+            console.print(Text(f"  {text}", style="dim"))
 
 
 def _show_goals(summary: Mapping[str, Any], console: Console) -> None:

@@ -160,6 +160,17 @@ def families_text(summary: Mapping[str, Any]) -> str:
     return f"Helpfulness on families of requests that no stage asked: {'; '.join(parts)}." if parts else ""
 
 
+def distillation_text(summary: Mapping[str, Any]) -> str:
+    """A sentence on safety context distillation; empty where the run had none."""
+    figures = summary["distillation"]
+    if figures is None or None in figures.values():
+        return ""
+    return (
+        f"Safety context distillation, of {figures['prompts']} risky prompts: {figures['kept']} answers given under a "
+        f"safety preprompt were kept; mean R_s {figures['original']:.2f}, with them {figures['after']:.2f}."
+    )
+
+
 def _stages(summary: Mapping[str, Any]) -> str:
     if not summary["stages"]:
         return _missing("No stage was evaluated in this run.")
@@ -181,7 +192,7 @@ def _stages(summary: Mapping[str, Any]) -> str:
         if gains
         else _missing("No two stages were scored on the same prompts, so none are compared.")
     )
-    families = f"<p>{escape(families_text(summary))}</p>"
+    families = f"<p>{escape(families_text(summary))}</p><p>{escape(distillation_text(summary))}</p>"
     return f'{table}<p class="dim">Small figures: 95 % interval.</p><ul class="dim">{meanings}</ul>{families}{compared}'
 
 

@@ -65,6 +65,7 @@ def build(output_dir: Path, wall_seconds: float) -> dict[str, Any]:
         "held_out_families": {
             name: figures for name, folder in HELD_OUT_FAMILIES.items() if (figures := _families(output_dir / folder))
         },
+        "distillation": _distillation(output_dir / "distil_safety"),
         "gates": [gate for path in sorted(output_dir.glob("gate_*/verdict.json")) if (gate := _gate(path.parent))],
         "comparisons": [c for row in COMPARISONS if (c := _comparison(output_dir, *row))],
     }
@@ -163,6 +164,15 @@ def _gate(folder: Path) -> dict[str, Any] | None:
         **{key: overall.get(key) for key in ("improvement", "win_rate_lc")},
         "ci95": {key: intervals.get(key) for key in ("improvement", "win_rate_lc")},
     }
+
+
+def _distillation(folder: Path) -> dict[str, Any] | None:
+    """What safety context distillation kept, and the mean R_s of those prompts' answers before and after its gate."""
+    if (distilled := read_json(folder)) is None:
+        return None
+    safety = distilled.get("safety") or {}
+    means = {name: (safety.get(name) or {}).get("mean") for name in ("original", "after")}
+    return {"prompts": distilled.get("prompts"), "kept": distilled.get("kept"), **means}
 
 
 def _families(folder: Path) -> dict[str, Any] | None:

@@ -263,6 +263,7 @@ TINY = {
     "train_reward": {"max_steps": 2, "per_device_train_batch_size": 2, "bf16": False},
     "rejection_sampling": {"samples_per_prompt": 2, "max_prompts": 8, "max_new_tokens": 8, "keep_unfinished": True},
     "ppo": {"total_iterations": 2, "batch_size": 4, "mini_batch_size": 2, "max_new_tokens": 8, "eval_steps": 1},
+    "distil_safety": {"max_prompts": 4, "max_new_tokens": 8, "gate": False, "keep_unfinished": True},
     "build_gatt": {"num_dialogues": 6, "min_turns": 1, "max_turns": 2, "max_candidates": 4, "max_new_tokens": 24,
                    "chunk_size": 64, "replay_single_turn_share": 0.2},
     "evaluate_gatt": {"num_dialogues": 2, "num_turns": 2, "eval_max_new_tokens": 8},

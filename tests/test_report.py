@@ -94,6 +94,8 @@ def fabricate(root: Path) -> None:
     for name, gold in (("sft", 0.31), ("ppo", 0.42)):
         evaluated = {"gold_helpfulness": gold, "gold_helpfulness_greedy": gold + 0.1, "prompts": 100}
         put(root / f"families_{name}", "summary.json", {**evaluated, "ci95": {"gold_helpfulness": [0.2, 0.5]}})
+    safety = {"original": {"mean": 0.76}, "candidate": {"mean": 0.96}, "after": {"mean": 0.99}}
+    put(root / "distil_safety", "summary.json", {"prompts": 40, "kept": 25, "safety": safety})
     judged = {"improvement": 0.2, "win_rate_lc": 0.61, "ci95": {"improvement": [0.1, 0.3], "win_rate_lc": [0.5, 0.7]}}
     for stage, passed in (("ppo", True), ("gatt", False)):
         put(root / f"gate_{stage}", "verdict.json", {"passed": passed, "reasons": [ATTACK], "all": judged})
@@ -184,6 +186,13 @@ def test_held_out_families_are_told_on_console_and_page(finished: Finished):
     for text in (finished.page, " ".join(finished.out.getvalue().split())):
         assert "SFT 0.31, greedy 0.41" in text
         assert "0.42, greedy 0.52" in text
+
+
+def test_safety_distillation_is_told_on_console_and_page(finished: Finished):
+    assert finished.summary["distillation"] == {"prompts": 40, "kept": 25, "original": 0.76, "after": 0.99}
+    for text in (finished.page, " ".join(finished.out.getvalue().split())):
+        assert "of 40 risky prompts: 25 answers given under a safety preprompt were kept" in text
+        assert "mean R_s 0.76, with them 0.99" in text
 
 
 def test_ghost_attention_is_by_turn(finished: Finished):
