@@ -108,8 +108,8 @@ class PPOSettings(ScoringSettings):
     center_scores: bool = field(
         default=False,
         metadata={
-            "help": "With the piecewise reward: measure each reward model's scores from its mean on the first iteration's "
-            "responses. Models of pairs have no common zero; without it the reward says first which model decided."
+            "help": "With the piecewise reward: take each reward model's mean over the first iteration's responses from "
+            "its scores. Models of pairs have no common zero; without it the reward says first which model decided."
         },
     )
     missing_eos_penalty: float = field(
@@ -194,7 +194,7 @@ class PPOSettings(ScoringSettings):
             raise UserError(f"center_scores is for reward_combination: piecewise, not {self.reward_combination}")
         if self.center_scores and self.value_model == "path":
             raise UserError(
-                "center_scores does not know where the scores of value_model_path have their zero; use another value_model"
+                "center_scores does not know where scores of value_model_path have their zero; use another value_model"
             )
         self._check_sampling()
         self._check_kl()
