@@ -108,8 +108,8 @@ class PPOSettings(ScoringSettings):
     center_scores: bool = field(
         default=False,
         metadata={
-            "help": "With the piecewise reward: take each reward model's mean over the first iteration's responses from "
-            "its scores. Models of pairs have no common zero; without it the reward says first which model decided."
+            "help": "With the piecewise reward: take each reward model's mean over the first iteration's responses"
+            " from its scores. Models of pairs have no common zero: without it rewards first say which model decided."
         },
     )
     missing_eos_penalty: float = field(
