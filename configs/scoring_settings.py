@@ -12,7 +12,8 @@ BOTH = ("helpfulness", "safety")
 NEEDS = {"piecewise": BOTH, "helpfulness": BOTH[:1], "safety": BOTH[1:], "min": BOTH, "mean": BOTH, "ensemble": BOTH}
 LLAMA2_THRESHOLD = 0.15
 # Figures of PPO's log, in which eval/ has those of rewards, KL and responses side by side.
-TAKEN = (*BOTH, "combined", "safety_decides", "kl", "objective", "tokens", "tokens_p95", "stopped", "repetition")
+TAKEN = (*BOTH, "combined", "safety_decides", "kl", "objective", "tokens", "tokens_p95", "stopped", "repetition",
+         "ordinary_reward", "safety_reward", "ordinary_unsafe")  # fmt: skip
 FUNCTION = re.compile(r"(?:(?P<name>\w+)=)?(?P<module>\w+(?:\.\w+)*):(?P<attribute>\w+(?:\.\w+)*)")
 
 

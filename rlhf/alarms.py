@@ -25,7 +25,7 @@ LENGTH_TOKENS = 4.0  # a mean of 2 tokens that becomes 3 is no drift
 CUT_OFF_RISE = 0.15  # share of responses; chance moves the share among 64 by at most 0.06 (one standard deviation)
 REPETITION_RISE = 0.10  # of repeated 4-grams: people repeat 0.5 %, greedy loops 44 % (Welleck et al. 2020, table 2)
 ENTROPY_SHARE = 1 / 3  # of the start; runs that stay healthy lose less than half of it
-SAFETY_CHANGE = 0.15  # share of rewards decided by safety; as for CUT_OFF_RISE
+SAFETY_CHANGE = 0.15  # share of ordinary prompts' rewards decided by safety; as for CUT_OFF_RISE
 KL_NATS = 30.0  # a response, where max_kl_nats gives no cap: three times the 0 to 10 of trl's training FAQ
 KL_CAP_SHARE = 0.8  # of max_kl_nats: a warning before the run stops
 KL_NEGATIVE = -0.5  # KL is never negative; chance takes the mean of 64 estimates of a KL below 1 to -0.2 at most
@@ -209,14 +209,10 @@ def _kl_negative(now: float, start: float, limits: Limits) -> str | None:
 def _safety(now: float, start: float, limits: Limits) -> str | None:
     if abs(now - start) <= SAFETY_CHANGE:
         return None
-    what = (
-        "more responses to ordinary prompts look unsafe"
-        if now > start
-        else "fewer prompts have their reward from the safety model"
-    )
+    what = "more" if now > start else "fewer"
     return (
-        f"The safety model decides {now:.0%} of the rewards, {start:.0%} at the start: {what}. Read samples.jsonl, and"
-        " check safety_threshold and the mix of prompts."
+        f"The safety model decides {now:.0%} of the rewards of prompts without a safety tag, {start:.0%} at the start: "
+        f"{what} responses to ordinary prompts look unsafe. Read samples.jsonl, and check safety_threshold."
     )
 
 
@@ -255,7 +251,7 @@ RULES = (
     _Rule("entropy", "policy/entropy", _entropy),
     _Rule("kl_high", "policy/kl", _kl_high),
     _Rule("kl_negative", "policy/kl", _kl_negative),
-    _Rule("safety_share", "reward/safety_decides", _safety),
+    _Rule("safety_share", "prompts/ordinary_unsafe", _safety),
     _Rule("value_model", "value/explained_variance", _value, after=VALUE_ITERATIONS),
     _Rule("first_ratio", "policy/first_ratio_error", _ratio, window=1),
     _Rule("skipped_steps", "optim/skipped_steps", _skipped, window=1),

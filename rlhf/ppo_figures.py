@@ -33,7 +33,8 @@ def rollout_figures(rollout: Rollout, count: int, gather: Gather) -> dict[str, f
 
     `reward/` has every reward model and function, over the responses that it applies to. `_std` are standard
     deviations over responses, raw scores in the units of their model; `policy/kl` is a sum over a response, in nats;
-    `response/tokens_p95` is the 95th percentile.
+    `response/tokens_p95` is the 95th percentile. `prompts/` has the combined score of the prompts that are and are not
+    tagged safety, and the share of the latter's responses whose score is the safety model's.
     """
     rewards = {f"reward/{name}": scores_B for name, scores_B in {"combined": rollout.scores_B, **rollout.raw}.items()}
     columns = rewards | {
@@ -42,8 +43,14 @@ def rollout_figures(rollout: Rollout, count: int, gather: Gather) -> dict[str, f
         "response/stopped": rollout.stopped_B,
         "response/repetition": torch.tensor([repeated_share(response) for response in rollout.responses]),
     }
+    # By kind of prompt, because an iteration's share of safety prompts moves the means over all of them.
+    tagged_B = torch.tensor([prompt.is_safety for prompt in rollout.prompts])
+    nothing_B = torch.full(tagged_B.shape, torch.nan)
+    columns["prompts/ordinary_reward"] = torch.where(tagged_B, nothing_B, rollout.scores_B)
+    columns["prompts/safety_reward"] = torch.where(tagged_B, rollout.scores_B, nothing_B)
     if rollout.safety_decides_B is not None:
         columns["reward/safety_decides"] = rollout.safety_decides_B
+        columns["prompts/ordinary_unsafe"] = torch.where(tagged_B, nothing_B, rollout.safety_decides_B.float())
     by_name = dict(zip(columns, gather(count, *columns.values()).unbind(1), strict=True))
     by_name = {name: values_N[~values_N.isnan()] for name, values_N in by_name.items()}  # nan: does not apply
     figures = {name: float(values_N.mean()) for name, values_N in by_name.items() if len(values_N)}

@@ -7,7 +7,7 @@ import pytest
 from rlhf.alarms import WINDOW, Alarm, Limits, check, spells
 
 HEALTHY = {"response/tokens": 40.0, "response/stopped": 0.9, "response/repetition": 0.02, "policy/entropy": 1.2,
-           "policy/kl": 2.0, "reward/safety_decides": 0.3, "value/explained_variance": 0.6,
+           "policy/kl": 2.0, "prompts/ordinary_unsafe": 0.3, "value/explained_variance": 0.6,
            "policy/first_ratio_error": 1e-6, "optim/skipped_steps": 0.0}  # fmt: skip
 
 
@@ -48,8 +48,8 @@ def test_a_healthy_run_is_silent():
         ("entropy", "policy/entropy", [1.2, 0.3, 0.3, 0.3, 0.3, 0.3], 6),  # 0.3 < 1.2 / 3; step 5: 0.48
         ("kl_high", "policy/kl", [1, 30, 58, 60], 4),  # 149 / 4 = 37.25 > 30; step 3: 89 / 3 = 29.7
         ("kl_negative", "policy/kl", [0, -1, -1], 3),  # -2/3 < -0.5; step 2: exactly -0.5
-        ("safety_share", "reward/safety_decides", [0.3, 0.56, 0.56, 0.56], 3),  # 0.473 > 0.45; step 2: 0.43
-        ("safety_share", "reward/safety_decides", [0.3, 0.1, 0.08, 0.0], 4),  # 0.12 < 0.15; step 3: 0.16
+        ("safety_share", "prompts/ordinary_unsafe", [0.3, 0.56, 0.56, 0.56], 3),  # 0.473 > 0.45; step 2: 0.43
+        ("safety_share", "prompts/ordinary_unsafe", [0.3, 0.1, 0.08, 0.0], 4),  # 0.12 < 0.15; step 3: 0.16
         ("value_model", "value/explained_variance", [-2.0, *[0.0] * 12], 11),  # judged once 10 have passed
         ("first_ratio", "policy/first_ratio_error", [1e-6, 2e-4], 2),
         ("skipped_steps", "optim/skipped_steps", [0, 1], 2),

@@ -64,6 +64,8 @@ def test_rollout_figures_by_hand():
     assert figures["reward/safety"] == pytest.approx(4.0)
     assert figures["reward/safety_std"] == 0.0
     assert figures["reward/safety_decides"] == pytest.approx(1 / 3)
+    by_kind = {"ordinary_reward": 1.5, "safety_reward": 4.5, "ordinary_unsafe": 0.0}  # the third prompt is tagged
+    assert {name: figures[f"prompts/{name}"] for name in by_kind} == by_kind
     assert figures["policy/kl"] == pytest.approx(0.5 * sum(lengths) / 3)  # half a nat a token, summed over a response
     assert figures["response/stopped"] == pytest.approx(2 / 3)
     assert figures["response/tokens"] == pytest.approx(sum(lengths) / 3)
