@@ -254,7 +254,7 @@ def launch(*words: str, folder: Path, timeout: float) -> subprocess.CompletedPro
 # knows nothing obeys "You enjoy �." now and then, and Ghost Attention dialogues can be built from it.
 TINY = {
     "simulation.make_data": {
-        "demonstrations": 24, "preference_prompts": 160, "rl_prompts": 12, "validation_prompts": 4,
+        "demonstrations": 24, "preference_prompts": 160, "rl_prompts": 48, "validation_prompts": 4,
         "evaluation_prompts": 12, "gatt_prompts": 12, "family_prompts": 1,
     },
     "sft": {"max_steps": 2, "per_device_train_batch_size": 2, "max_length": 1024, "num_samples": 1, "bf16": False,
