@@ -11,7 +11,7 @@ import random
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from configs.errors import UserError
@@ -170,15 +170,22 @@ def told_apart(unseen: Sequence[str], taught: Sequence[str]) -> list[str]:
     return [v for v in unseen if not any(mentions(v, t) or mentions(t, v) for t in taught)]
 
 
-def split_values(values: Sequence[str], unseen_share: float, rng: random.Random) -> tuple[list[str], list[str]]:
-    """(to teach, to be measured only), drawn by `rng`, each in the order of `values`. Neither is empty.
+def split_values(
+    values: Sequence[str], unseen_share: float, rng: random.Random, placed: Mapping[str, bool] | None = None
+) -> tuple[list[str], list[str]]:
+    """(to teach, to be measured only), drawn by `rng`, each in the order of `values`.
 
+    `placed` tells of values of other kinds whether they are unseen: they are so here too, as a noun that is taught as
+    a first word has been seen when it is to be the last one. Neither list is empty where none is placed.
     Raises UserError for fewer than two values.
     """
     if len(values) < 2:
         raise UserError(f"{len(values)} values cannot be split into some that are taught and some that are not")
+    placed = placed or {}
     count = min(max(round(unseen_share * len(values)), 1), len(values) - 1)
-    unseen = set(rng.sample(list(values), count))
+    unseen = {v for v in values if placed.get(v)}
+    free = [v for v in values if v not in placed]
+    unseen |= set(rng.sample(free, min(max(count - len(unseen), 0), len(free))))
     return [v for v in values if v not in unseen], [v for v in values if v in unseen]
 
 

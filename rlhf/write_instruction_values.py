@@ -127,13 +127,18 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
     write_jsonl(folder.path / "rejected.jsonl", rejected)
     check_enough(summary, settings.min_values, folder.path)
 
-    splits = {}
+    splits: dict[str, tuple[list[str], list[str]]] = {}
+    placed: dict[str, bool] = {}
     for name, values in counts.items():
         rng = random.Random(f"instruction values {name} {run.seed}")
-        taught, unseen = split_values(list(values), settings.unseen_share, rng)
+        taught, unseen = split_values(list(values), settings.unseen_share, rng, placed)
         splits[name] = taught, told_apart(unseen, taught)
-        if not splits[name][1]:
-            raise UserError(f"kinds: every value of '{name}' set aside is part of a taught one; ask for more answers")
+        if not all(splits[name]):
+            raise UserError(
+                f"kinds: no value of '{name}' is left to teach, or none that is not part of a taught one of this kind or "
+                "another; ask for more answers"
+            )
+        placed |= dict.fromkeys(taught, False) | dict.fromkeys(unseen, True)
     written = {
         "values.json": {name: taught for name, (taught, _) in splits.items()},
         "unseen_values.json": {name: unseen for name, (_, unseen) in splits.items()},

@@ -261,5 +261,16 @@ def test_settings_that_cannot_work(more, words):
         InstructionValuesSettings(**more)
 
 
+def test_a_value_is_taught_or_unseen_in_all_kinds_alike():
+    """Of twelve nouns the other kind has taught eight and set two aside; a quarter of twelve are to be unseen."""
+    nouns = [f"noun{i}" for i in range(12)]
+    placed = {noun: i < 2 for i, noun in enumerate(nouns[:10])}
+    for seed in range(20):
+        taught, unseen = split_values(nouns, 0.25, random.Random(seed), placed)
+        assert set(nouns[:2]) < set(unseen)
+        assert len(unseen) == 3
+        assert set(nouns[2:10]) < set(taught)
+
+
 def test_what_a_taught_value_holds_is_not_unseen():
     assert told_apart(["Einstein", "Bach", "Art"], ["Albert Einstein", "Bachmann", "Mozart"]) == ["Bach", "Art"]
