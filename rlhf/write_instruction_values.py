@@ -135,8 +135,8 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
         splits[name] = taught, told_apart(unseen, taught)
         if not all(splits[name]):
             raise UserError(
-                f"kinds: no value of '{name}' is left to teach, or none that is not part of a taught one of this kind or "
-                "another; ask for more answers"
+                f"kinds: no value of '{name}' is left to teach, or none that is not part of a taught one of this kind "
+                "or another; ask for more answers"
             )
         placed |= dict.fromkeys(taught, False) | dict.fromkeys(unseen, True)
     written = {
