@@ -40,6 +40,14 @@ def combined_reward(
     return torch.where(safety_decides(r_safety_B, is_safety_B, threshold), r_safety_B, r_helpfulness_B)
 
 
+def from_own_zeros(scores_B: Tensor, safety_decides_B: Tensor, helpfulness_zero: float, safety_zero: float) -> Tensor:
+    """Combined raw scores [B], each measured from the zero of the reward model that decided it.
+
+    Pairs determine a model's scores up to a constant: two models have no common zero unless they are given one.
+    """
+    return scores_B - torch.where(safety_decides_B, safety_zero, helpfulness_zero)
+
+
 def combine(
     how: str,
     raw: Mapping[str, Tensor],

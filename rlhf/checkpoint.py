@@ -20,9 +20,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from configs.errors import UserError
 from rlhf import zero3
+from rlhf.run import NOT_COMPARED, plain, saved_settings
 from rlhf.sharding import assign, like, whole
 
+# Settings that a continued run may change: how long it runs, what it writes, and what stops steps that are not finite.
+ADJUSTABLE = (*NOT_COMPARED, "total_iterations", "save_steps", "num_samples", "learning_rate", "value_learning_rate",
+              "max_grad_norm", "max_kl_nats", "judge_patience")  # fmt: skip
 Trained = Mapping[str, Mapping[str, nn.Parameter]]  # by role, by name
 
 
@@ -141,3 +146,20 @@ def _checkpoints(folder: str | Path) -> list[Path]:
     """Complete checkpoints, oldest first."""
     found = [p for p in Path(folder).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name)]
     return sorted(found, key=lambda p: int(p.name.split("-")[1]))
+
+
+def check_same_run(output_dir: str, settings: dict[str, Any]) -> None:
+    """UserError where the checkpoint in `output_dir` is of a run that was set up in another way."""
+    if latest_step(output_dir) > settings["total_iterations"]:
+        raise UserError(
+            f"{output_dir} holds a checkpoint of iteration {latest_step(output_dir)}, behind total_iterations "
+            f"{settings['total_iterations']}. Name another output_dir, or pass --resume false to begin again there"
+        )
+    before = saved_settings(output_dir)
+    now = plain(settings)
+    changed = [name for name in now if name not in ADJUSTABLE and before.get(name) != now[name]]
+    if changed:
+        raise UserError(
+            f"{output_dir} holds a checkpoint of a run with another {', '.join(changed)}. Name another output_dir, "
+            "pass --resume false to begin again there, or set it back"
+        )

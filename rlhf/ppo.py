@@ -42,8 +42,10 @@ from configs.chat import load_chat_format
 from configs.errors import UserError
 from configs.model_settings import ModelSettings, RunSettings
 from configs.ppo_settings import PPOSettings
+from reward.combine import from_own_zeros
 from rlhf.alarms import Limits, check, spells
 from rlhf.checkpoint import (
+    check_same_run,
     latest_step,
     load_checkpoint,
     load_weights,
@@ -61,7 +63,7 @@ from rlhf.ppo_figures import decoded, gold_figures, rollout_figures, sampler_gap
 from rlhf.prompts import prompts_of, read_encoded
 from rlhf.load_roles import load_roles
 from rlhf.rollout import Rollout, advantages_and_returns, collect
-from rlhf.run import NOT_COMPARED, RunFolder, plain, saved_settings
+from rlhf.run import RunFolder
 from rlhf.sampler import prompt_room
 from rlhf.samples import Prompt
 from rlhf.scoring import Scoring
@@ -70,9 +72,6 @@ from rlhf.update import NotFinite, make_optimizer, update
 
 logger = logging.getLogger(__name__)
 BEST = "policy.safetensors"  # in best-<step>
-# Settings that a continued run may change: how long it runs, what it writes, and what stops steps that are not finite.
-ADJUSTABLE = (*NOT_COMPARED, "total_iterations", "save_steps", "num_samples", "learning_rate", "value_learning_rate",
-              "max_grad_norm", "max_kl_nats", "judge_patience")  # fmt: skip
 EVALUATION = 2**31  # added to the seed of held-out sampling: never the seed of an iteration
 
 
@@ -170,9 +169,9 @@ class Run:
         if self.state["zeros"] is None:
             columns = self.gathered(self.ppo.batch_size, rollout.raw["helpfulness"], rollout.raw["safety"])
             self.state["zeros"] = [moments_of(column, "score")[0] for column in columns.unbind(1)]
-        helpfulness, safety = self.state["zeros"]
-        zeros_B = torch.where(rollout.safety_decides_B, safety, helpfulness)
-        return replace(rollout, scores_B=rollout.scores_B - zeros_B)
+        return replace(
+            rollout, scores_B=from_own_zeros(rollout.scores_B, rollout.safety_decides_B, *self.state["zeros"])
+        )
 
     def put_values_on_scale(self, rollout: Rollout) -> Rollout:
         """On the first iteration, the affine map of the module docstring, point 2; it then stays."""
@@ -323,23 +322,6 @@ def moments_of(scores: torch.Tensor, what: str) -> list[float]:
     if not len(finite):
         raise UserError(f"no {what} is a number: check the reward models (a training that diverged, or a dtype)")
     return [float(finite.mean()), float(finite.std(unbiased=False).clamp(min=1e-3))]
-
-
-def check_same_run(output_dir: str, settings: dict[str, Any]) -> None:
-    """UserError where the checkpoint in `output_dir` is of a run that was set up in another way."""
-    if latest_step(output_dir) > settings["total_iterations"]:
-        raise UserError(
-            f"{output_dir} holds a checkpoint of iteration {latest_step(output_dir)}, behind total_iterations "
-            f"{settings['total_iterations']}. Name another output_dir, or pass --resume false to begin again there"
-        )
-    before = saved_settings(output_dir)
-    now = plain(settings)
-    changed = [name for name in now if name not in ADJUSTABLE and before.get(name) != now[name]]
-    if changed:
-        raise UserError(
-            f"{output_dir} holds a checkpoint of a run with another {', '.join(changed)}. Name another output_dir, "
-            "pass --resume false to begin again there, or set it back"
-        )
 
 
 def main(args: list[str] | None = None) -> dict[str, Any]:

@@ -235,7 +235,7 @@ def test_a_kind_of_one_value_cannot_change(tmp_path):
         make_plans(settings, usable_prompts(prompts_of(QUESTIONS))[0], 0)
 
 
-def test_only_what_can_change_changes(tmp_path):
+def test_only_what_can_change_changes():
     settings = GattSettings(kinds=["haiku", "max_words", "figure"], change_share=1.0, num_dialogues=60, min_turns=2)
     changes = [(plan.instruction, plan.change.instruction) for plan, _, _ in
                make_plans(settings, usable_prompts(prompts_of(QUESTIONS))[0], 0) if plan.change]  # fmt: skip

@@ -261,6 +261,16 @@ def test_settings_that_cannot_work(more, words):
         InstructionValuesSettings(**more)
 
 
+@pytest.mark.parametrize("seed", ["0", "1", "2", "3"])
+def test_kinds_with_the_same_nouns_hold_out_the_same_ones(write, tmp_path, seed):
+    write("--kinds", "first_word", "last_word", "--unseen_share", "0.3", "--seed", seed)
+    values, unseen = (
+        json.loads((tmp_path / "out" / name).read_text()) for name in ("values.json", "unseen_values.json")
+    )
+    assert len(unseen["first_word"]) == 1
+    assert (values["first_word"], unseen["first_word"]) == (values["last_word"], unseen["last_word"])
+
+
 def test_a_value_is_taught_or_unseen_in_all_kinds_alike():
     """Of twelve nouns the other kind has taught eight and set two aside; a quarter of twelve are to be unseen."""
     nouns = [f"noun{i}" for i in range(12)]

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from reward.combine import combine, combined_reward, whiten
+from reward.combine import combine, combined_reward, from_own_zeros, whiten
 from reward.ensemble import Ensemble
 
 
@@ -18,6 +18,11 @@ def test_each_branch_of_the_rule():
     is_safety = torch.tensor([True, False, False])
     found = combined_reward(r_safety, r_helpfulness, is_safety)
     torch.testing.assert_close(found, torch.tensor([2.0, -1.7347, 7.0]))
+
+
+def test_scores_are_measured_from_the_zero_of_the_model_that_decided():
+    found = from_own_zeros(torch.tensor([2.0, -1.0, 0.5]), torch.tensor([True, False, False]), -1.5, 1.25)
+    torch.testing.assert_close(found, torch.tensor([0.75, 0.5, 2.0]))
 
 
 def test_raw_scores_survive_where_a_sigmoid_would_saturate():
