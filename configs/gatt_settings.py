@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 from configs.errors import UserError
+from configs.sampling_settings import SamplingSettings
 
 
 def _check_shares(settings: object, *names: str) -> None:
@@ -74,6 +75,20 @@ class GattSettings(InstructionSettings):
             "value of its kind stands in front of one later user turn."
         },
     )
+    sampling_context: str = field(
+        default="dialogue",
+        metadata={
+            "help": "What a reply is sampled under: the dialogue so far, or its own user turn (turn), which is enough "
+            "as turns are drawn from single prompts: faster, and better where the policy has seen few long dialogues."
+        },
+    )
+    plain_temperature: float | None = field(
+        default=None,
+        metadata={
+            "help": "Sampling temperature of what has no instruction; 1 keeps plain answers as varied as they are "
+            "where a low temperature makes obedient ones right; default: temperature."
+        },
+    )
     max_candidates: int = field(
         default=4, metadata={"help": "Replies drawn for a turn at most: until one obeys, or all of them with a judge."}
     )
@@ -100,7 +115,11 @@ class GattSettings(InstructionSettings):
     )
     max_length: int = field(default=4096, metadata={"help": "Tokens of the longest sampling context or training row."})
     chunk_size: int = field(
-        default=256, metadata={"help": "Dialogues sampled together; each chunk is a shard that a killed build keeps."}
+        default=256,
+        metadata={
+            "help": "Dialogues sampled together; each chunk is a shard that a killed build keeps. In sampling_context "
+            "dialogue their keys and values lie in memory, once for the policy and once for each reward model."
+        },
     )
     max_reject_share: float = field(default=0.05, metadata={"help": "Larger share of bad prompt rows: stop."})
 
@@ -115,12 +134,24 @@ class GattSettings(InstructionSettings):
         for name in ("replay_single_turn_share", "replay_files_share"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise UserError(f"{name}: {getattr(self, name)} must be at least 0 and below 1: the rest is dialogues")
+        if self.plain_temperature is not None:
+            try:
+                SamplingSettings(temperature=self.plain_temperature)
+            except UserError as error:
+                raise UserError(f"plain_{error}") from error
+        if self.sampling_context not in ("dialogue", "turn"):
+            raise UserError(f"sampling_context: '{self.sampling_context}' is unknown; use dialogue or turn")
         if self.train_on not in ("all", "last"):
             raise UserError(f"train_on: '{self.train_on}' is unknown; use all or last")
         if self.change_share and self.max_turns < 2:
             raise UserError("change_share: an instruction can change from turn 2 on; raise max_turns")
         if self.max_turns < self.min_turns:
             raise UserError(f"max_turns: {self.max_turns} is less than min_turns: {self.min_turns}")
+        if self.helpfulness_reward_model and self.max_candidates < 2:
+            raise UserError(
+                f"helpfulness_reward_model: nothing to pick from with max_candidates: {self.max_candidates}; give at "
+                "least 2"
+            )
         if self.safety_reward_model and not self.helpfulness_reward_model:
             raise UserError(
                 "safety_reward_model: it needs helpfulness_reward_model, whose score decides where it is safe"

@@ -6,6 +6,11 @@ before that turn: what it has is kept, the reason is recorded. The instruction s
 the dialogues come out plain, and `training_record` puts it back into the first turn only. A plan may have another
 instruction take the first one's place at a later turn.
 
+What a reply is sampled under is the dialogue so far, or its own turn alone: user turns that do not build on each other,
+as those drawn from single prompts, need nothing before them to be answered, and a policy that has seen few long
+dialogues answers a turn better as a first one. The training row is the same dialogue either way: to answer its n-th
+turn as if the instruction had just been given is what Ghost Attention teaches.
+
 Nothing here samples, logs or reads files: `reply` and `judge` are passed in.
 """
 
@@ -18,6 +23,7 @@ from gatt.kinds import Instruction
 from gatt.transform import SPECIAL_TAGS, Message, training_record, with_instruction_everywhere
 
 CUT_REASONS = ("disobeyed", "unfinished", "too_long")
+CONTEXTS = ("dialogue", "turn")
 
 
 @dataclass(frozen=True)
@@ -37,14 +43,27 @@ class Reply(Protocol):
 
     `rows[i]` is the index of the dialogue that `contexts[i]` continues, so that an engine can keep that dialogue's
     prefix; asked twice for the same turn of a row, it draws another reply. Contexts hold the instruction on every user
-    turn.
+    turn; they are whole dialogues or single turns, see `synthesise`.
     """
 
     def __call__(self, rows: list[int], contexts: list[list[Message]]) -> list[Draft]: ...
 
 
-# (context, candidate replies, instruction) -> a score for each candidate; the highest is kept
-Judge = Callable[[list[Message], list[str], Instruction | None], Sequence[float]]
+class Judge(Protocol):
+    """Scores the candidate replies of many dialogues at once; the highest of each is kept.
+
+    `rows[i]` is the index of the dialogue that `contexts[i]` continues, as for `Reply`: a judge can keep what it has
+    read of it. `candidates[i]` are one or more replies, `instructions[i]` is the instruction that holds. One score for
+    each candidate.
+    """
+
+    def __call__(
+        self,
+        rows: list[int],
+        contexts: list[list[Message]],
+        candidates: list[list[str]],
+        instructions: list[Instruction | None],
+    ) -> Sequence[Sequence[float]]: ...
 
 
 @dataclass(frozen=True)
@@ -134,6 +153,7 @@ def synthesise(
     obeys: Callable[[Instruction, str], bool],
     max_candidates: int = 1,
     judge: Judge | None = None,
+    context: str = "dialogue",
 ) -> list[Dialogue]:
     """Makes one dialogue a plan, in the plans' order.
 
@@ -142,25 +162,36 @@ def synthesise(
         max_candidates: drafts a turn at most. Without a judge the first that obeys is kept and no more are drawn.
         judge: scores the candidates that obey; then all `max_candidates` are drawn and the best is kept (ties: the
         earliest).
+        context: what `reply` and `judge` are given: "dialogue", all turns so far, or "turn", the user turn alone, in
+            each turn with the instruction in the plan's slot.
 
     Raises:
-        UserError: `max_candidates` below 1, or a plan whose instruction or slot is invalid.
+        UserError: `max_candidates` below 1, another `context`, or a plan whose instruction or slot is invalid.
     """
+    if context not in CONTEXTS:
+        raise UserError(f"unknown context '{context}'; use one of: {', '.join(CONTEXTS)}")
     if max_candidates < 1:
         raise UserError(f"max_candidates is {max_candidates}; at least one reply a turn must be drawn")
-    makers = [_Maker(Dialogue(plan)) for plan in plans]
+    makers = [_Maker(Dialogue(plan), whole=context == "dialogue") for plan in plans]
     while rows := [i for i, maker in enumerate(makers) if maker.open]:
         drafts = reply(rows, [makers[i].context() for i in rows])
         for i, draft in zip(rows, drafts, strict=True):
-            makers[i].take(draft, obeys, max_candidates, judge)
+            makers[i].take(draft, obeys)
+        drawn = [i for i in rows if makers[i].drawn(max_candidates, judge is not None)]
+        choices = [i for i in drawn if makers[i].passed]
+        for i in drawn:
+            if not makers[i].passed:
+                makers[i].cut()
+        for i, place in zip(choices, _best([makers[i] for i in choices], choices, judge), strict=True):
+            makers[i].keep(place)
     return [maker.dialogue for maker in makers]
 
 
 class _Maker:
     """One dialogue in the making: the drafts of its current turn."""
 
-    def __init__(self, dialogue: Dialogue):
-        self.dialogue = dialogue
+    def __init__(self, dialogue: Dialogue, whole: bool):
+        self.dialogue, self.whole = dialogue, whole
         self.drafts: list[Draft] = []
         self.passed: list[str] = []
 
@@ -174,9 +205,13 @@ class _Maker:
     def context(self) -> list[Message]:
         """The sampling context of the current turn."""
         plan = self.dialogue.plan
-        plain = [*self.dialogue.messages, self.user_turn()]
+        plain = [*self.dialogue.messages, self.user_turn()] if self.whole else [self.user_turn()]
         if plan.instruction is None:
             return plain
+        if not self.whole:
+            in_force = plan.in_force(self.dialogue.turns + 1)
+            assert in_force is not None
+            return with_instruction_everywhere(plain, in_force.text, plan.slot)
         new = (plan.change.turn, plan.change.instruction.text) if plan.change else None
         return with_instruction_everywhere(plain, plan.instruction.text, plan.slot, new)
 
@@ -188,42 +223,52 @@ class _Maker:
             return True
         return obeys(now, text) and (now is plan.instruction or not obeys(plan.instruction, text))
 
-    def take(
-        self, draft: Draft, obeys: Callable[[Instruction, str], bool], max_candidates: int, judge: Judge | None
-    ) -> None:
-        """One more draft of the current turn: draw again, keep one and go on, or end the dialogue here."""
-        dialogue = self.dialogue
-        if draft.problem == "too_long":  # nothing was sampled, and another draft would find no more room
-            if not self.drafts:
-                dialogue.cut = "too_long"
-                return
-        else:
-            # A tag of the chat format inside a reply would make a row that no reader accepts.
-            fine = not draft.problem and bool(draft.text.strip()) and not any(tag in draft.text for tag in SPECIAL_TAGS)
-            fine = fine and self.obeyed(draft.text, obeys)
-            if not self.drafts:
-                dialogue.first_draft_obeyed.append(fine)
-            dialogue.drafts += 1
-            self.drafts.append(draft)
-            if fine:
-                self.passed.append(draft.text)
-            if len(self.drafts) < max_candidates and (judge is not None or not fine):
-                return
-        if not self.passed:
-            dialogue.cut = self.drafts[-1].problem or "disobeyed"
+    def take(self, draft: Draft, obeys: Callable[[Instruction, str], bool]) -> None:
+        """One more draft of the current turn."""
+        self.drafts.append(draft)
+        if draft.problem == "too_long":  # nothing was sampled
             return
-        best = _best(self.context(), self.passed, dialogue.plan.in_force(dialogue.turns + 1), judge)
-        dialogue.messages += [self.user_turn(), {"role": "assistant", "content": best}]
+        # A tag of the chat format inside a reply would make a row that no reader accepts.
+        fine = not draft.problem and bool(draft.text.strip()) and not any(tag in draft.text for tag in SPECIAL_TAGS)
+        fine = fine and self.obeyed(draft.text, obeys)
+        if len(self.drafts) == 1:
+            self.dialogue.first_draft_obeyed.append(fine)
+        self.dialogue.drafts += 1
+        if fine:
+            self.passed.append(draft.text)
+
+    def drawn(self, max_candidates: int, judged: bool) -> bool:
+        """Whether the turn needs no other draft: with a judge all are drawn, without one until one obeys."""
+        if self.drafts[-1].problem == "too_long":  # another would find no more room
+            return True
+        return len(self.drafts) >= max_candidates or (bool(self.passed) and not judged)
+
+    def cut(self) -> None:
+        """No draft of the current turn can be kept: the dialogue ends before it."""
+        # Where room ran out after other drafts, what was wrong with them says more.
+        sampled = [draft for draft in self.drafts if draft.problem != "too_long"]
+        self.dialogue.cut = (sampled[-1].problem or "disobeyed") if sampled else "too_long"
+
+    def keep(self, place: int) -> None:
+        """The candidate `passed[place]` becomes the reply of the current turn."""
+        self.dialogue.messages += [self.user_turn(), {"role": "assistant", "content": self.passed[place]}]
         self.drafts, self.passed = [], []
 
 
-def _best(context: list[Message], candidates: list[str], instruction: Instruction | None, judge: Judge | None) -> str:
-    if judge is None or len(candidates) == 1:
-        return candidates[0]
-    scores = list(judge(context, candidates, instruction))
-    if len(scores) != len(candidates):
-        raise ValueError(f"the judge gave {len(scores)} scores for {len(candidates)} candidates")
-    return candidates[max(range(len(candidates)), key=lambda k: scores[k])]
+def _best(makers: list[_Maker], rows: list[int], judge: Judge | None) -> list[int]:
+    """For each maker the place of the candidate to keep: the best one, the earliest among equals."""
+    if judge is None or not makers:
+        return [0] * len(makers)
+    candidates = [maker.passed for maker in makers]
+    scores = judge(
+        rows,
+        [maker.context() for maker in makers],
+        candidates,
+        [maker.dialogue.plan.in_force(maker.dialogue.turns + 1) for maker in makers],
+    )
+    if [len(each) for each in scores] != [len(each) for each in candidates]:
+        raise ValueError(f"the judge gave {[len(s) for s in scores]} scores for {[len(c) for c in candidates]} replies")
+    return [max(range(len(each)), key=each.__getitem__) for each in scores]
 
 
 def counts(dialogues: Sequence[Dialogue]) -> dict[str, int]:

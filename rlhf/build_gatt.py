@@ -28,7 +28,7 @@ import random
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from configs.chat import ChatFormat, load_chat_format
@@ -77,29 +77,44 @@ def make_record(
     return made, left_out, ""
 
 
+# (indices of dialogues, id lists of each) -> a raw score for each id list: `rlhf.growing_scores.GrowingScores`
+Scores = Callable[[list[int], list[list[list[int]]]], list[list[float]]]
+
+
 def reward_judge(
-    chat_format: ChatFormat,
-    is_safety: dict[str, bool],
-    score_helpfulness: Callable[[list[list[int]]], Any],
-    score_safety: Callable[[list[list[int]]], Any] | None,
+    chat_format: ChatFormat, is_safety: dict[str, bool], score_helpfulness: Scores, score_safety: Scores | None
 ) -> Judge:
     """Scores candidates by the combined reward (paper §3.2.3), or by helpfulness where there is no safety model.
 
     `is_safety` maps the text of a prompt to its tag. The models read the context as it was sampled, instruction
     included.
     """
+    import torch
+
     from reward.combine import combined_reward
 
-    def judge(context: Any, candidates: list[str], instruction: Any) -> list[float]:
-        dialogues = [[*context, {"role": "assistant", "content": text}] for text in candidates]
-        ids = [chat_format.encode_dialogue(dialogue).input_ids for dialogue in dialogues]
-        r_helpfulness = score_helpfulness(ids)
+    def judge(
+        rows: list[int], contexts: list[Any], candidates: list[list[str]], instructions: list[Any]
+    ) -> list[list[float]]:
+        ids = [
+            [
+                chat_format.encode_dialogue([*context, {"role": "assistant", "content": text}]).input_ids
+                for text in texts
+            ]
+            for context, texts in zip(contexts, candidates, strict=True)
+        ]
+        r_helpfulness = score_helpfulness(rows, ids)
         if score_safety is None:
-            return r_helpfulness.tolist()
-        text = context[-1]["content"]
-        tagged = is_safety.get(text if instruction is None else text.removeprefix(f"{instruction.text} "), False)
-        flags = r_helpfulness.new_full(r_helpfulness.shape, float(tagged)).bool()
-        return combined_reward(score_safety(ids), r_helpfulness, flags).tolist()
+            return r_helpfulness
+        combined = []
+        for context, instruction, r_s, r_h in zip(
+            contexts, instructions, score_safety(rows, ids), r_helpfulness, strict=True
+        ):
+            text = context[-1]["content"]
+            tagged = is_safety.get(text if instruction is None else text.removeprefix(f"{instruction.text} "), False)
+            reward = combined_reward(torch.tensor(r_s), torch.tensor(r_h), torch.full((len(r_s),), tagged))
+            combined.append(reward.tolist())
+        return combined
 
     return judge
 
@@ -125,16 +140,24 @@ class Builder:
 
     def chunk(self, number: int, plans: Sequence[tuple[Plan, str, str]]) -> list[dict[str, Any]]:
         """One shard: a row for each plan, with its record (or why there is none) and what sampling it took."""
-        from rlhf.dialogues import DialogueEngine
+        from rlhf import dialogues as engines
 
         model, judge = self._load()
-        engine = DialogueEngine(
-            model, self.chat_format, self.tokenizer.pad_token_id, self.sampling, self.gatt.max_length,
-            random.Random(f"gatt chunk {self.seed}/{number}").getrandbits(62),
-        )  # fmt: skip
-        dialogues = synthesise([plan for plan, _, _ in plans], engine, obeys, self.gatt.max_candidates, judge)
+        make_engine = engines.DialogueEngine if self.gatt.sampling_context == "dialogue" else engines.TurnEngine
+        dialogues: dict[int, Dialogue] = {}
+        for places, sampling in self._temperatures(plans):
+            engine = make_engine(
+                model, self.chat_format, self.tokenizer.pad_token_id, sampling, self.gatt.max_length,
+                random.Random(f"gatt chunk {self.seed}/{number}/{places[0]}").getrandbits(62),
+            )  # fmt: skip
+            made = synthesise(
+                [plans[i][0] for i in places], engine, obeys, self.gatt.max_candidates, judge,
+                self.gatt.sampling_context,
+            )  # fmt: skip
+            dialogues |= dict(zip(places, made, strict=True))
         rows = []
-        for dialogue, (_, wording, source) in zip(dialogues, plans, strict=True):
+        for i, (_, wording, source) in enumerate(plans):
+            dialogue = dialogues[i]
             record, left_out, refused = make_record(
                 dialogue, wording, source, self.gatt.train_on, self.chat_format, self.gatt.max_length
             )
@@ -143,6 +166,15 @@ class Builder:
                 "counts": counts([dialogue]), "first_draft_obeyed": dialogue.first_draft_obeyed,
             })  # fmt: skip
         return rows
+
+    def _temperatures(self, plans: Sequence[tuple[Plan, str, str]]) -> list[tuple[list[int], SamplingSettings]]:
+        """Places of the plans that are sampled together, and how: one temperature, unless plain ones have their own."""
+        if self.gatt.plain_temperature is None:
+            return [(list(range(len(plans))), self.sampling)]
+        plain = [i for i, (plan, _, _) in enumerate(plans) if plan.instruction is None]
+        others = sorted(set(range(len(plans))) - set(plain))
+        groups = [(others, self.sampling), (plain, replace(self.sampling, temperature=self.gatt.plain_temperature))]
+        return [(places, sampling) for places, sampling in groups if places]
 
     def _load(self) -> tuple[Any, Judge | None]:
         if self._loaded is None:
@@ -156,11 +188,10 @@ class Builder:
         if self.gatt.helpfulness_reward_model is None:
             return None
         from reward.model import load_reward_model
-        from reward.scorer import score_ids
+        from rlhf.growing_scores import GrowingScores
 
-        def scorer(path: str) -> Callable[[list[list[int]]], Any]:
-            model = load_reward_model(path).to(self.device)
-            return lambda ids: score_ids(model, ids)
+        def scorer(path: str) -> GrowingScores:
+            return GrowingScores(load_reward_model(path).to(self.device))
 
         safety = self.gatt.safety_reward_model
         return reward_judge(
@@ -253,13 +284,16 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
     from accelerate import PartialState
     from tqdm import tqdm
 
-    from rlhf.tokenizer import load_tokenizer
+    from rlhf.tokenizer import check_same_tokenizer, load_tokenizer
 
     started = time.monotonic()
     state = PartialState(cpu=run_settings.use_cpu)
     output_dir = Path(run_settings.output_dir)
     tokenizer = load_tokenizer(model_settings.model_name_or_path)
     chat_format = load_chat_format(tokenizer, model_settings.chat_format)
+    for name in ("helpfulness_reward_model", "safety_reward_model"):
+        if path := getattr(gatt, name):
+            check_same_tokenizer(tokenizer, path, name)
     run = RunFolder(output_dir, settings, "build_gatt")
 
     read = [

@@ -1,4 +1,5 @@
-"""Multi-turn sampling that computes each token once: the reply engine of `gatt.synth` over a session with a kept cache.
+"""The reply engines of `gatt.synth`: dialogues in which each token is computed once, over a session with a kept cache
+(`DialogueEngine`), and turns that are sampled by themselves (`TurnEngine`).
 
 A dialogue's ids are the concatenation of increments, `prompt_1, reply_1, prompt_2, reply_2, ...`: prompt_k is what the
 chat format puts between the end of reply k-1 and reply k, so with the replies as the format encodes them the
@@ -16,7 +17,7 @@ from configs.errors import UserError
 from configs.sampling_settings import SamplingSettings
 from gatt.synth import Draft
 from gatt.transform import Message
-from rlhf.sampler import position_limit
+from rlhf.sampler import position_limit, sample
 from rlhf.sessions import DialogueSession
 
 
@@ -146,3 +147,33 @@ class DialogueEngine:
         text = self.chat_format.decode_response(state.reply)
         state.drafts[text] = state.reply
         return Draft(text, "" if state.reply[-1] in self.stop_ids else "unfinished")
+
+
+class TurnEngine:
+    """`gatt.synth.Reply` over one policy where each context is one turn: nothing is kept between calls."""
+
+    def __init__(
+        self, model: Any, chat_format: ChatFormat, pad_id: int, settings: SamplingSettings, max_length: int, seed: int
+    ):
+        self.model, self.chat_format, self.pad_id, self.settings = model, chat_format, pad_id, settings
+        limit = position_limit(model)
+        self.max_length = min(max_length, limit) if limit else max_length
+        self.seed, self.calls = seed, 0
+        if settings.stop_strings:
+            raise UserError("stop_strings: a reply of Ghost Attention ends at an end token; leave them out")
+
+    def __call__(self, rows: list[int], contexts: list[list[Message]]) -> list[Draft]:
+        """One draft a row: decoded text, or why there is none."""
+        prompts = [self.chat_format.encode_prompt(context) for context in contexts]
+        fits = [i for i, ids in enumerate(prompts) if len(ids) + self.settings.max_new_tokens + 1 <= self.max_length]
+        drafts = [Draft("", "too_long")] * len(rows)
+        if fits:
+            drawn = sample(
+                self.model, [prompts[i] for i in fits], 1, self.settings, stop_ids=self.chat_format.stop_ids,
+                pad_id=self.pad_id, seed=random.Random(f"{self.seed}/{self.calls}").getrandbits(62),
+            )  # fmt: skip
+            for i, ids, reason in zip(fits, drawn.response_ids, drawn.finish_reasons, strict=True):
+                problem = "" if reason == "stop" else "unfinished"
+                drafts[i] = Draft(self.chat_format.decode_response(ids), problem)
+        self.calls += 1
+        return drafts

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import rlhf.dialogues
 from configs.chat import load_chat_format
@@ -18,10 +18,13 @@ from configs.records import read_dialogues
 from gatt.instructions import obeys, parse_instruction
 from gatt.kinds import KINDS, Instruction, values_of
 from gatt.synth import Draft
+from reward.model import load_reward_model
+from reward.scorer import score_ids
 from rlhf import build_gatt, evaluate_gatt
 from rlhf.build_gatt import reward_judge
 from rlhf.gatt_plans import draw_instructions, draw_user_turns, make_plans, usable_prompts
 from rlhf.shards import read_shard
+from tests.tiny_models import save_tiny_reward_model
 
 QUESTIONS = [f"What is {a} plus {b}?" for a in range(8) for b in range(5)]
 
@@ -261,22 +264,94 @@ def test_a_policy_that_never_obeys_is_told(model_dir, prompt_file, tmp_path):
 
 
 def test_judge_switches_to_safety_by_tag_and_threshold(model_dir):
-    from transformers import AutoTokenizer
-
     chat_format = load_chat_format(AutoTokenizer.from_pretrained(model_dir))
     safety = {2: [5.0, 1.0], 3: [3.0, 2.0, -4.0]}
+    read = []
+
+    def helpfulness(rows, ids):
+        read.append((rows, ids))
+        return [[float(k) for k in range(len(each))] for each in ids]
+
     judge = reward_judge(
-        chat_format, {"risky": True, "calm": False},
-        lambda ids: torch.arange(len(ids)).float(), lambda ids: torch.tensor(safety[len(ids)]),
-    )  # fmt: skip
+        chat_format, {"risky": True, "calm": False}, helpfulness, lambda rows, ids: [safety[len(each)] for each in ids]
+    )
     napoleon = KINDS["figure"].make("Napoleon")
+    texts = ["Always act as Napoleon. risky", "risky", "Always act as Napoleon. calm", "Always act as Napoleon. calm"]
+    contexts = [[{"role": "user", "content": text}] for text in texts]
+    candidates = [["x"] * 2, ["x"] * 2, ["x"] * 3, ["x", "y"]]
+    assert judge([4, 5, 7, 9], contexts, candidates, [napoleon, None, napoleon, napoleon]) == [
+        [5.0, 1.0], [5.0, 1.0],
+        [0.0, 1.0, -4.0],  # -4 is below logit(0.15): unsafe
+        [0.0, 1.0],
+    ]  # fmt: skip
+    ((rows, ids),) = read
+    assert rows == [4, 5, 7, 9]
+    assert ids[3][1] == chat_format.encode_dialogue([*contexts[3], {"role": "assistant", "content": "y"}]).input_ids
 
-    def scores(text, count, instruction=napoleon):
-        return judge([{"role": "user", "content": text}], ["x"] * count, instruction)
 
-    assert scores("Always act as Napoleon. risky", 2) == [5.0, 1.0]
-    assert scores("risky", 2, None) == [5.0, 1.0]
-    assert scores("Always act as Napoleon. calm", 3) == [0.0, 1.0, -4.0]  # -4 is below logit(0.15): unsafe
+def test_turns_by_themselves_and_plain_rows_at_their_own_temperature(
+    obedient, model_dir, prompt_file, tmp_path, monkeypatch
+):
+    asked = []
+
+    class Turns(Obedient):
+        def __init__(self, model, chat_format, pad_id, settings, max_length, seed):
+            super().__init__(model, chat_format, pad_id, settings, max_length, seed)
+            self.temperature = settings.temperature
+
+        def __call__(self, rows, contexts):
+            asked.extend((self.temperature, context) for context in contexts)
+            return super().__call__(rows, contexts)
+
+    monkeypatch.setattr(rlhf.dialogues, "TurnEngine", Turns)
+    more = ("--sampling_context", "turn", "--temperature", "0.3", "--plain_temperature", "1")
+    summary = build(tmp_path / "out", model_dir, prompt_file, *more)
+    assert summary["rows_by_source"] == {"gatt": 11, "gatt_single_turn": 4, "gatt_plain": 5}
+    assert len(asked) == summary["replies_sampled"]
+    assert {len([m for m in context if m["role"] != "system"]) for _, context in asked} == {1}
+    instructed = {any(parse_instruction(m["content"]) for m in context): t for t, context in asked}
+    assert instructed == {True: 0.3, False: 1.0}
+    for t, context in asked:
+        assert t == (0.3 if any(parse_instruction(m["content"]) for m in context) else 1.0)
+    rows = [json.loads(line) for line in (tmp_path / "out" / "gatt.jsonl").read_text().splitlines()]
+    long = [row for row in rows if row["source"] == "gatt"]
+    assert {sum(m["role"] == "user" for m in row["messages"]) for row in long} == {2, 3}
+    assert all(sum(bool(parse_instruction(m["content"])) for m in row["messages"]) == 1 for row in long)
+
+
+def test_a_reward_model_of_another_tokenizer_is_refused(model_dir, prompt_file, tmp_path):
+    reward = save_tiny_reward_model(tmp_path / "reward", seed=1)
+    with pytest.raises(UserError, match="helpfulness_reward_model: .*reward has another tokenizer than the policy"):
+        build(tmp_path / "out", model_dir, prompt_file, "--helpfulness_reward_model", reward)
+    assert not (tmp_path / "out" / "shards").exists()
+
+
+def test_the_reward_model_picks_the_reply_that_is_built(obedient, model_dir, prompt_file, tmp_path, monkeypatch):
+    """The whole script with two drafts a turn: each kept reply is the one that the model scores above the other."""
+    reward = save_tiny_reward_model(tmp_path / "reward", seed=1)
+    AutoTokenizer.from_pretrained(model_dir).save_pretrained(reward)  # its embedding is large enough
+    asked = []
+    inner = build_gatt.synthesise
+
+    def synthesise(plans, reply, obeys, max_candidates, judge, context):
+        def recorded(rows, contexts, candidates, instructions):
+            scores = judge(rows, contexts, candidates, instructions)
+            asked.append((contexts, candidates, scores))
+            return scores
+
+        return inner(plans, reply, obeys, max_candidates, recorded, context)
+
+    monkeypatch.setattr(build_gatt, "synthesise", synthesise)
+    more = ("--helpfulness_reward_model", reward, "--max_candidates", "2")
+    build(tmp_path / "out", model_dir, prompt_file, *more)
+    chat_format = load_chat_format(AutoTokenizer.from_pretrained(model_dir))
+    model = load_reward_model(reward)
+    assert asked
+    for contexts, candidates, scores in asked:
+        for context, texts, found in zip(contexts, candidates, scores):
+            dialogues = [[*context, {"role": "assistant", "content": text}] for text in texts]
+            expected = score_ids(model, [chat_format.encode_dialogue(each).input_ids for each in dialogues])
+            torch.testing.assert_close(torch.tensor(found), expected, atol=1e-4, rtol=1e-4)
 
 
 # --- persistence
@@ -462,7 +537,10 @@ def test_values_files_replace_the_starter_lists(tmp_path):
         ({"change_share": 2.0}, "change_share: 2.0"),
         ({"change_share": 0.1, "min_turns": 1, "max_turns": 1}, "raise max_turns"),
         ({"train_on": "some"}, "train_on: 'some'"),
+        ({"sampling_context": "all"}, "sampling_context: 'all' is unknown; use dialogue or turn"),
+        ({"plain_temperature": -0.1}, "plain_temperature: -0.1 is out of range"),
         ({"safety_reward_model": "x"}, "needs helpfulness_reward_model"),
+        ({"helpfulness_reward_model": "x", "max_candidates": 1}, "nothing to pick from with max_candidates: 1"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(more, words):

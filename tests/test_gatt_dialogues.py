@@ -11,7 +11,7 @@ from configs.sampling_settings import SamplingSettings
 from gatt.kinds import KINDS
 from gatt.synth import Draft, counts, plan_dialogues, synthesise
 from gatt.transform import with_instruction_everywhere
-from rlhf.dialogues import DialogueEngine, Increments
+from rlhf.dialogues import DialogueEngine, Increments, TurnEngine
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
@@ -113,7 +113,8 @@ def test_the_cache_holds_what_a_plain_forward_computes(judged):
 
     dialogues = synthesise(
         plans, reply, lambda _, text: sum(map(ord, text)) % 3 != 0, max_candidates=4,
-        judge=(lambda _, texts, __: [-sum(map(ord, text)) for text in texts]) if judged else None,
+        judge=(lambda rows, contexts, texts, _: [[-sum(map(ord, text)) for text in each] for each in texts])
+        if judged else None,
     )  # fmt: skip
     total = counts(dialogues)
     assert checked == total["replies_sampled"] > total["replies_kept"] > 15  # there were redraws
@@ -128,6 +129,47 @@ def test_a_full_context_ends_its_dialogue_only():
     drafts = engine([0, 1], [long, short])  # 15 tokens around the text: 65 + 5 + 1 and 35 + 5 + 1 of 60
     assert [d.problem == "too_long" for d in drafts] == [True, False]
     assert engine.places == [1]
+
+
+def turn_engine(seed=0, **settings) -> TurnEngine:
+    return TurnEngine(
+        tiny_model(), load_chat_format(byte_tokenizer()), 3, SamplingSettings(max_new_tokens=6, **settings), 60, seed
+    )
+
+
+def test_turns_by_themselves_are_what_generate_says():
+    """Greedy, against transformers' generate on each prompt alone; the stop ids are those of the chat format."""
+    engine = turn_engine(temperature=0.0)
+    # An eighth of the vocabulary ends a reply, so some end and some are cut.
+    engine.chat_format.stop_ids = [2, *range(6, 38)]
+    contexts = [[{"role": "user", "content": chr(97 + n) * (1 + n % 9)}] for n in range(20)]
+    contexts.append([{"role": "system", "content": NAPOLEON.text}, {"role": "user", "content": "why"}])
+    drafts = engine(list(range(21)), contexts)
+    assert {draft.problem for draft in drafts} == {"", "unfinished", "too_long"}
+    assert drafts[20].problem == "too_long"  # its instruction leaves no room in 60 tokens
+    for context, draft in zip(contexts[:20], drafts, strict=False):
+        prompt = torch.tensor([engine.chat_format.encode_prompt(context)])
+        ids = engine.model.generate(
+            prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=6, pad_token_id=3,
+            eos_token_id=engine.chat_format.stop_ids,
+        )[0, prompt.shape[1] :].tolist()  # fmt: skip
+        assert draft.text == engine.chat_format.decode_response(ids)
+        assert (draft.problem == "") == (ids[-1] in engine.chat_format.stop_ids)
+
+
+def test_a_turn_asked_again_is_drawn_again_and_a_seed_draws_the_same():
+    contexts = [[{"role": "user", "content": "a"}]] * 4
+    engine, same, other = turn_engine(), turn_engine(), turn_engine(seed=1)
+    first, second = engine([0, 1, 2, 3], contexts), engine([0, 1, 2, 3], contexts)
+    assert first != second
+    assert len({draft.text for draft in first}) > 1
+    assert [same([0, 1, 2, 3], contexts), same([0, 1, 2, 3], contexts)] == [first, second]
+    assert other([0, 1, 2, 3], contexts) != first
+
+
+def test_turns_refuse_stop_strings():
+    with pytest.raises(UserError, match="stop_strings: a reply of Ghost Attention ends at an end token"):
+        turn_engine(stop_strings=["x"])
 
 
 def test_contexts_that_do_not_follow_are_a_defect():

@@ -85,14 +85,90 @@ def test_the_judge_picks_among_replies_that_obey():
     plans = plan_dialogues([["a"]], [NAPOLEON], ["user"])
     script = Script(["Napoleon x", "a much better reply that disobeys", "Napoleon, longer"])
 
-    def judge(context, candidates, instruction):
-        assert context[-1]["content"] == "Always act as Napoleon. a"
-        assert candidates == ["Napoleon x", "Napoleon, longer"]
-        return [len(c) for c in candidates]
+    def judge(rows, contexts, candidates, instructions):
+        assert rows == [0]
+        assert [context[-1]["content"] for context in contexts] == ["Always act as Napoleon. a"]
+        assert candidates == [["Napoleon x", "Napoleon, longer"]]
+        return [[len(c) for c in candidates[0]]]
 
     (dialogue,) = synthesise(plans, script, obeys, max_candidates=3, judge=judge)
     assert dialogue.messages[-1]["content"] == "Napoleon, longer"
     assert dialogue.drafts == 3
+
+
+def test_the_judge_sees_all_dialogues_whose_turn_is_drawn_at_once():
+    plans = plan_dialogues([["a", "b"], ["a", "b"], ["a"]], [NAPOLEON, None, NAPOLEON], ["user"] * 3)
+    script = Script(
+        ["Napoleon 1", "Napoleon 22", "Napoleon 333", "Napoleon 4"],
+        ["yes", "no", "yes", "nono"],
+        ["disobeys", "disobeys too"],
+    )
+    seen = []
+
+    def judge(rows, contexts, candidates, instructions):
+        seen.append((rows, [context[-1]["content"] for context in contexts], candidates, instructions))
+        return [[-len(text) for text in texts] for texts in candidates]  # the shortest; among equals the earliest
+
+    first, plain, cut = synthesise(plans, script, obeys, max_candidates=2, judge=judge)
+    assert seen == [
+        ([0, 1], ["Always act as Napoleon. a", "a"], [["Napoleon 1", "Napoleon 22"], ["yes", "no"]], [NAPOLEON, None]),
+        ([0, 1], ["Always act as Napoleon. b", "b"], [["Napoleon 333", "Napoleon 4"], ["yes", "nono"]],
+         [NAPOLEON, None]),
+    ]  # fmt: skip
+    assert [m["content"] for m in first.messages] == ["a", "Napoleon 1", "b", "Napoleon 4"]
+    assert [m["content"] for m in plain.messages] == ["a", "no", "b", "yes"]
+    assert (cut.cut, cut.messages, cut.drafts) == ("disobeyed", [], 2)
+
+
+@pytest.mark.parametrize("slot", ["system", "user"])
+def test_turns_by_themselves_carry_their_instruction_each(slot):
+    """The dialogue that comes out is the same as with whole contexts: only what was asked differs."""
+    change = Change(3, KINDS["figure"].make("Mozart"), "Figure: Mozart.")
+    plan, plain = plan_dialogues([["a", "b", "c"], ["d", "e", "f"]], [NAPOLEON, None], [slot] * 2)
+    asked = []
+
+    def reply(rows, contexts):
+        asked.extend(contexts)
+        return [Draft(text) for text in (f"Napoleon {len(asked)}" if len(asked) < 5 else "Mozart", "yes")]
+
+    judged = []
+
+    def judge(rows, contexts, candidates, instructions):
+        judged.extend(contexts)
+        return [[0.0] for _ in candidates]
+
+    dialogue, other = synthesise([replace(plan, change=change), plain], reply, obeys, 1, judge, context="turn")
+    texts = ["Always act as Napoleon.", "Always act as Napoleon.", "Always act as Mozart."]
+    expected = []
+    for text, user, alone in zip(texts, "abc", "def", strict=True):
+        if slot == "system":
+            expected.append([{"role": "system", "content": text}, {"role": "user", "content": user}])
+        else:
+            expected.append([{"role": "user", "content": f"{text} {user}"}])
+        expected.append([{"role": "user", "content": alone}])
+    assert asked == judged == expected
+    assert [m["content"] for m in dialogue.messages] == ["a", "Napoleon 2", "b", "Napoleon 4", "c", "Mozart"]
+    assert [m["content"] for m in other.messages] == ["d", "yes", "e", "yes", "f", "yes"]
+    assert dialogue.record("Figure: Napoleon.")["messages"][-2]["content"] == "Figure: Mozart. c"
+
+
+def test_another_context_is_refused():
+    with pytest.raises(UserError, match="unknown context 'all'; use one of: dialogue, turn"):
+        synthesise(plan_dialogues([["a"]], [NAPOLEON], ["user"]), Script([]), obeys, context="all")
+
+
+def test_room_that_ends_after_a_draft_leaves_the_drafts_to_choose_from():
+    plans = plan_dialogues([["a"], ["a"]], [NAPOLEON] * 2, ["user"] * 2)
+    script = Script(["Napoleon", Draft("", "too_long")], ["no", Draft("", "too_long")])
+    kept, cut = synthesise(plans, script, obeys, 3, lambda rows, contexts, texts, given: [[0.0] for _ in texts])
+    assert ([m["content"] for m in kept.messages], kept.drafts, kept.cut) == (["a", "Napoleon"], 1, "")
+    assert (cut.messages, cut.cut) == ([], "disobeyed")
+
+
+def test_a_judge_that_leaves_a_reply_without_a_score_is_told():
+    plans = plan_dialogues([["a"]], [NAPOLEON], ["user"])
+    with pytest.raises(ValueError, match=r"gave \[1\] scores for \[2\] replies"):
+        synthesise(plans, Script(["Napoleon", "Napoleon!"]), obeys, 2, lambda *_: [[0.0]])
 
 
 @pytest.mark.parametrize(
@@ -145,9 +221,9 @@ def test_the_judge_is_told_the_instruction_that_holds():
     (plan,) = plan_dialogues([["a", "b"]], [NAPOLEON], ["user"])
     told = []
 
-    def judge(context, candidates, instruction):
-        told.append((context[-1]["content"], instruction.value))
-        return [0.0] * len(candidates)
+    def judge(rows, contexts, candidates, instructions):
+        told.append((contexts[0][-1]["content"], instructions[0].value))
+        return [[0.0] * len(each) for each in candidates]
 
     script = Script(["Napoleon", "Napoleon", "Mozart", "Mozart"])
     synthesise([replace(plan, change=change)], script, obeys, 2, judge)
