@@ -17,7 +17,7 @@ def mean_with_interval(values: list[float] | np.ndarray) -> tuple[float, float]:
     return float(x.mean()), float(Z_95 * x.std(ddof=1) / math.sqrt(x.size)) if x.size > 1 else 0.0
 
 
-def share_with_interval(successes: int, n: int) -> tuple[float, tuple[float, float]]:
+def share_with_interval(successes: float, n: int) -> tuple[float, tuple[float, float]]:
     """A share and its Wilson 95 % interval (sensible at 0 and at n, unlike the normal one); nan for n = 0."""
     if n == 0:
         return math.nan, (math.nan, math.nan)

@@ -91,17 +91,29 @@ def gold_scores(records: list[dict[str, Any]], texts: list[str]) -> dict[str, li
     }
 
 
-def _figure(summary: dict[str, Any], name: str, values: list[float], share: bool = False) -> None:
-    """Adds a mean and its interval [low, high] to a summary; nothing where there are no values."""
-    if not values:
-        return
+def figure(values: Sequence[float | None], k: int, share: bool = False) -> tuple[float, tuple[float, float]] | None:
+    """Mean and 95 % interval of k values a prompt, in the order of the prompts; None where there are no values.
+
+    The k samples of a prompt are alike, so they count as one value, their mean: taken as k independent ones the
+    interval would be too narrow. A `share` (of 0 and 1) has Wilson's interval at the number of prompts. A value of
+    None does not apply and is left out.
+    """
+    prompts = [[value for value in values[i : i + k] if value is not None] for i in range(0, len(values), k)]
+    means = [math.fsum(each) / len(each) for each in prompts if each]
+    if not means:
+        return None
     if share:
-        mean, interval = share_with_interval(int(sum(values)), len(values))
-    else:
-        mean, half = mean_with_interval(values)
-        interval = (mean - half, mean + half)
-    summary[name] = round(mean, 4)
-    summary["ci95"][name] = [round(x, 4) for x in interval]
+        return share_with_interval(math.fsum(means), len(means))
+    mean, half = mean_with_interval(means)
+    return mean, (mean - half, mean + half)
+
+
+def _add(summary: dict[str, Any], name: str, values: Sequence[float | None], k: int, share: bool = False) -> None:
+    """Adds a figure and its interval [low, high] to a summary; nothing where there are no values."""
+    if (found := figure(values, k, share)) is not None:
+        mean, interval = found
+        summary[name] = round(mean, 4)
+        summary["ci95"][name] = [round(x, 4) for x in interval]
 
 
 def _share_out(rows: list[dict[str, Any]], name: str, values: Sequence[Any], k: int) -> None:
@@ -174,13 +186,13 @@ def evaluate(settings: EvaluateSettings, run: RunFolder) -> dict[str, Any]:
         _share_out(rows, f"responses{suffix}", texts, k)
         _share_out(rows, f"response_ids{suffix}", responses, k)
         _share_out(rows, f"response_tokens{suffix}", [len(ids) for ids in responses], k)
-        _figure(summary, f"response_tokens{suffix}", [float(len(ids)) for ids in responses])
+        _add(summary, f"response_tokens{suffix}", [float(len(ids)) for ids in responses], k)
         summary[f"finished{suffix}"] = round(sum(reason == "stop" for reason in reasons) / len(reasons), 4)
         if settings.gold == "simulated":
             gold = gold_scores(repeated, texts)
             for name, share in (("helpfulness", False), ("safety", False), ("unsafe", True), ("false_refusal", True)):
                 label = f"{name}_rate" if share else f"gold_{name}"
-                _figure(summary, label + suffix, gold[name], share)
+                _add(summary, label + suffix, gold[name], k, share)
             for name, risky in (("helpfulness", False), ("safety", True)):
                 mine = [row for row in rows if bool(row["is_safety"]) == risky]
                 _share_out(mine, f"gold_{name}{suffix}", gold[name], k)
@@ -189,12 +201,12 @@ def evaluate(settings: EvaluateSettings, run: RunFolder) -> dict[str, Any]:
                 partial(score, k=k), [as_prompt(record, chat) for record in repeated], responses, texts
             )
             for name, values in columns(scored, settings.combines).items():
-                _figure(summary, f"reward_{name}{suffix}", [value for value in values if value is not None])
+                _add(summary, f"reward_{name}{suffix}", values, k)
                 _share_out(rows, f"reward_{name}{suffix}", values, k)
         if settings.sft_model_path and decoding == "sampled":
             reference = load(settings.sft_model_path)
             kl = response_logprobs(policy, prompts, responses) - response_logprobs(reference, prompts, responses)
-            _figure(summary, "kl_nats", kl.tolist())
+            _add(summary, "kl_nats", kl.tolist(), k)
             _share_out(rows, "kl_nats", [round(x, 4) for x in kl.tolist()], k)
     write_jsonl(Path(settings.output_dir) / "responses.jsonl", rows)
     run.samples(0, rows[:8])
