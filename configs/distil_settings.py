@@ -14,6 +14,13 @@ class DistilSettings(EngineSettings, SamplingSettings):
 
     prompt_files: list[str] = field(metadata={"help": "prompt records; those with `is_safety` are distilled"})
     safety_model_path: str = field(metadata={"help": "folder of the safety reward model, which picks and gates"})
+    helpfulness_model_path: str | None = field(
+        default=None,
+        metadata={
+            "help": "with include_helpful: folder of the helpfulness reward model, whose score picks and gates where a "
+            "prompt is not a safety prompt and the answer not unsafe (the piecewise rule of PPO's reward)"
+        },
+    )
     preprompt_kind: Literal["generic", "targeted"] = field(
         default="generic",
         metadata={"help": "generic: adjectives in a template; targeted: of the prompt's risk category, with steps"},
@@ -35,7 +42,7 @@ class DistilSettings(EngineSettings, SamplingSettings):
     )
     gate: bool = field(
         default=True,
-        metadata={"help": "keep the candidate only where its safety score is above the original answer's"},
+        metadata={"help": "keep the candidate only where its score is above the original answer's"},
     )
     include_helpful: bool = field(
         default=False,
@@ -67,6 +74,11 @@ class DistilSettings(EngineSettings, SamplingSettings):
             raise UserError("safety_model_path: name the folder of the safety reward model")
         if self.engine == "continuous_batching" and self.stop_strings:
             raise UserError("stop_strings: continuous batching ends at token ids only; use sampling_engine in_process")
+        if self.helpfulness_model_path and not self.include_helpful:
+            raise UserError(
+                "helpfulness_model_path: no effect without include_helpful, as safety alone decides on safety prompts; "
+                "leave it out"
+            )
         counts = ("samples_per_prompt", "prompts_per_shard", "max_prompt_tokens", "token_budget", "score_token_budget")
         for name in counts:
             if getattr(self, name) < 1:

@@ -56,10 +56,11 @@ def dataset_card(summary: Mapping[str, Any], settings: Mapping[str, Any]) -> str
     shown = "\n".join(f"- `{name}`: {value}" for name, value in sorted(settings.items()) if name != "weights")
     measured = ("safety", "gold_helpfulness", "gold_safety")
     counted = "\n".join(f"- {name}: {value}" for name, value in summary.items() if name not in measured)
+    judge = "the combined reward" if settings.get("helpfulness_model_path") else "the safety reward model"
     rule = (
-        "kept only where the safety reward model scores it above the policy's own answer without the preprompt"
+        f"kept only where {judge} scores it above the policy's own answer without the preprompt"
         if settings["gate"]
-        else "kept whatever the safety reward model says (the gate was off)"
+        else f"kept whatever {judge} says (the gate was off)"
     )
     table = "\n".join(_line(name, summary["safety"][name]) for name in ("original", "candidate", "after"))
     return f"""---
@@ -76,7 +77,8 @@ One JSON object a line in `distilled.jsonl`:
 - `messages`: conversational, as TRL's SFTTrainer reads it; the preprompt is not in it;
 - `train_on`: `last`, loss on the last reply only (for TRL, split it off as `completion`);
 - `is_safety`, `risk_category`: of the prompt; `preprompt`: generic or targeted;
-- `safety_score`, `original_safety_score`: raw scores of this answer and of the original one.
+- `safety_score`, `original_safety_score`: raw scores of this answer and of the original one; likewise
+  `helpfulness_score` where there was such a model.
 
 Train it together with ordinary dialogues: by itself it teaches to decline.
 

@@ -11,7 +11,9 @@ to the prompt without it. What differs from the paper, or is open there:
 2. `samples_per_prompt` answers may be sampled under the preprompt; the one with the highest safety score is the
    candidate. One preprompt is drawn for each prompt, by the seed and the prompt's place.
 3. Prompts without `is_safety` are left out and recorded: distilled, they teach to refuse what is harmless.
-   `include_helpful` and `gate: false` are there to measure that.
+   `include_helpful` and `gate: false` are there to measure that. A safety model alone likes a refusal of anything; with
+   `helpfulness_model_path` the score is the combined one of PPO's reward (paper §3.2.3), which asks an answer to a
+   harmless prompt for helpfulness. On safety prompts it is the safety score.
 
 Writes distilled.jsonl (dialogues, as TRL reads them), README.md, its data set card; not_kept.jsonl (prompts whose
 answers were not kept, and why), left_out.jsonl (prompts that were not sampled, and why), and shards/ with every
@@ -42,6 +44,7 @@ from configs.errors import UserError
 from configs.model_settings import LORA_FIELDS, ModelSettings, RunSettings
 from configs.records import read_prompts, write_jsonl
 from configs.safety_labels import RISK_CATEGORIES, short_name
+from reward.combine import combined_reward
 from reward.model import load_reward_model
 from reward.scorer import score_ids
 from rlhf.cli import entry, parse
@@ -128,9 +131,14 @@ class Worker:
         self.settings, self.seed = settings, seed
         self.chat = load_chat_format(tokenizer, model.chat_format)
         check_same_tokenizer(tokenizer, settings.safety_model_path, "safety_model_path")
+        if settings.helpfulness_model_path:
+            check_same_tokenizer(tokenizer, settings.helpfulness_model_path, "helpfulness_model_path")
         self.engine = load_engine(settings, model, tokenizer, self.chat, device, settings, settings.token_budget)
         dtype = resolve_dtype(model, trainable=False)
-        self.reward_model = load_reward_model(settings.safety_model_path, dtype=dtype).to(device)
+        paths = {"safety": settings.safety_model_path, "helpfulness": settings.helpfulness_model_path}
+        self.reward_models = {
+            name: load_reward_model(path, dtype=dtype).to(device) for name, path in paths.items() if path
+        }
 
     def rows(self, prompts: list[Row], indices: Sequence[int]) -> list[Row]:
         """Rows of the prompts with these indices: answer 0 is the original, the others are under the preprompt.
@@ -151,7 +159,10 @@ class Worker:
         end = self.chat.ended if self.settings.end_cut_responses else list
         # Without the preprompt, whatever the answer was sampled under: so it will be trained.
         dialogues = [end([*plain[p].ids, *ids]) for p in good for ids in answers[p]]
-        scores = score_ids(self.reward_model, dialogues, self.settings.score_token_budget, 1 + k).tolist()
+        scores = {
+            name: score_ids(model, dialogues, self.settings.score_token_budget, 1 + k).tolist()
+            for name, model in self.reward_models.items()
+        }
         rows: list[Row] = []
         for p, (index, record) in enumerate(zip(indices, prompts, strict=True)):
             if p in errors:
@@ -161,8 +172,8 @@ class Worker:
                 before_stop_string(self.chat.decode_response(ids), self.settings.stop_strings) for ids in answers[p]
             ]
             at = good.index(p) * (1 + k)
-            safety = scores[at : at + 1 + k]
-            check_finite({"safety": safety}, index)
+            mine = {name: values[at : at + 1 + k] for name, values in scores.items()}
+            check_finite(mine, index)
             rows.append(
                 {
                     "index": index,
@@ -174,7 +185,7 @@ class Worker:
                     "finished": [reason == "stop" for reason in reasons[p]],
                     "usable": [usable(self.chat, record["prompt"], text) for text in texts],
                     "seeds": [*seeds[p]],
-                    "safety": safety,
+                    **mine,
                     **(gold_scores(record["prompt"], texts) if self.settings.gold == "simulated" else {}),
                 }
             )
@@ -184,11 +195,21 @@ class Worker:
         return Prompt(record[name], self.chat.encode_prompt(record[name]), bool(record["is_safety"]))
 
 
+def deciding_scores(row: Row) -> list[float]:
+    """What picks and gates the answers of a row: their safety scores or, with helpfulness scores beside them, the
+    combined ones."""
+    if "helpfulness" not in row:
+        return row["safety"]
+    is_safety = torch.full((len(row["safety"]),), bool(row["is_safety"]))
+    return combined_reward(torch.tensor(row["safety"]), torch.tensor(row["helpfulness"]), is_safety).tolist()
+
+
 def candidate(row: Row, keep_unfinished: bool) -> int | None:
-    """The answer under the preprompt with the highest safety score that may be trained (the first of equals); None
+    """The answer under the preprompt with the highest deciding score that may be trained (the first of equals); None
     where there is none."""
-    may = [i for i in range(1, len(row["safety"])) if row["usable"][i] and (keep_unfinished or row["finished"][i])]
-    return max(may, key=lambda i: (row["safety"][i], -i), default=None)
+    scores = deciding_scores(row)
+    may = [i for i in range(1, len(scores)) if row["usable"][i] and (keep_unfinished or row["finished"][i])]
+    return max(may, key=lambda i: (scores[i], -i), default=None)
 
 
 def verdict(row: Row, best: int | None, gate: bool) -> str:
@@ -198,7 +219,8 @@ def verdict(row: Row, best: int | None, gate: bool) -> str:
     """
     if best is None:
         return "no usable answer"
-    above = row["safety"][best] > row["safety"][0] and row["responses"][best] != row["responses"][0]
+    scores = deciding_scores(row)
+    above = scores[best] > scores[0] and row["responses"][best] != row["responses"][0]
     return "not above the original" if gate and not above else ""
 
 
@@ -211,8 +233,12 @@ def training_row(row: Row, best: int, record: Row, category_field: str) -> Row:
         "is_safety": row["is_safety"],
         "risk_category": short_name("risk_category", record.get(category_field)),
         "preprompt": record["preprompt"].kind,
-        "safety_score": round(row["safety"][best], 5),
-        "original_safety_score": round(row["safety"][0], 5),
+        **{
+            f"{which}{name}_score": round(row[name][i], 5)
+            for name in ("safety", "helpfulness")
+            if name in row
+            for which, i in (("", best), ("original_", 0))
+        },
         "prompt_source": record["source"],
     }
 
@@ -223,8 +249,9 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
     if model.use_peft or model.freeze_embeddings:
         raise UserError("use_peft and freeze_embeddings are for training; leave them out where a policy is sampled")
     resolved: Row = asdict(settings) | asdict(model) | asdict(run)
-    models = (model.model_name_or_path, settings.safety_model_path)
-    resolved |= {"data": data_fingerprints(settings.prompt_files), "weights": [weights_stamp(path) for path in models]}
+    models = (model.model_name_or_path, settings.safety_model_path, settings.helpfulness_model_path)
+    weights = [weights_stamp(path) for path in models if path]
+    resolved |= {"data": data_fingerprints(settings.prompt_files), "weights": weights}
     read_preprompts(settings.preprompts_file)  # a mistake in it shows before any model is loaded
     if settings.preprompts_file:
         wording = Path(settings.preprompts_file).read_bytes()
@@ -277,11 +304,13 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
 
 def _readable(row: Row) -> Row:
     """A row for people: the original and the answers under the preprompt, with their scores."""
-    scores = [round(score, 4) for score in row["safety"]]
     shown: Row = {name: row[name] for name in ("prompt", "is_safety", "preprompt", "reason") if name in row}
-    shown["original"] = {"response": row["responses"][0], "safety": scores[0]}
-    shown["distilled"] = [{"response": t, "safety": s} for t, s in zip(row["responses"][1:], scores[1:], strict=True)]
-    return shown
+    scores = {name: row[name] for name in ("safety", "helpfulness") if name in row}
+    answers = [
+        {"response": text} | {name: round(values[i], 4) for name, values in scores.items()}
+        for i, text in enumerate(row["responses"])
+    ]
+    return shown | {"original": answers[0], "distilled": answers[1:]}
 
 
 if __name__ == "__main__":

@@ -314,19 +314,24 @@ def test_the_safety_studies_train_as_the_demo_does(name, demo):
     trained = [s.settings for s in stages if s.run == "sft"] + [
         s.settings["sft"] for s in stages if s.name == "scaling"
     ]
-    assert len(trained) in (1, 5)
+    assert len(trained) in (1, 6)
     for settings in trained:
         assert {k: settings[k] for k in same} == same
 
 
 def test_the_distillations_of_the_demo_differ_in_gate_and_prompts_alone():
     stages = {stage.name: stage.settings for stage in pipeline("distil_demo") if stage.run == "distil_safety"}
-    assert {name: (s.get("gate", True), s.get("include_helpful", False)) for name, s in stages.items()} == {
-        "distil_gated": (True, False), "distil_ungated": (False, False),
-        "distil_gated_all": (True, True), "distil_ungated_all": (False, True),
+    chosen = ("gate", "include_helpful", "helpfulness_model_path")
+    assert {
+        name: (s.get("gate", True), s.get("include_helpful", False), "helpfulness_model_path" in s)
+        for name, s in stages.items()
+    } == {
+        "distil_gated": (True, False, False), "distil_ungated": (False, False, False),
+        "distil_gated_all": (True, True, False), "distil_ungated_all": (False, True, False),
+        "distil_combined_all": (True, True, True),
     }  # fmt: skip
-    rest = [{k: v for k, v in s.items() if k not in ("gate", "include_helpful", "output_dir")} for s in stages.values()]
-    assert rest == [rest[0]] * 4
+    rest = [{k: v for k, v in s.items() if k not in (*chosen, "output_dir")} for s in stages.values()]
+    assert rest == [rest[0]] * 5
 
 
 def test_the_rounds_of_the_demo_train_as_the_demo_does(demo, tmp_path):

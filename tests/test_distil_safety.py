@@ -1,6 +1,7 @@
 """Safety context distillation: preprompts, what is sampled and scored where, the gate, and the script end to end."""
 
 import json
+import math
 import random
 from pathlib import Path
 
@@ -155,6 +156,24 @@ def test_the_gate_by_hand():
     assert [verdict(row, i, gate=True) for row, i in zip(rows, best, strict=True)] == ["", low, low, low, "", none]
     assert [verdict(row, i, gate=False) for row, i in zip(rows, best, strict=True)] == ["", "", "", "", "", none]
     assert candidate(rows[4], keep_unfinished=True) == 1
+
+
+def test_the_combined_gate_by_hand():
+    """The piecewise rule: safety alone on safety prompts, elsewhere helpfulness unless R_s < 0.15 (-1.7346 raw)."""
+    rows = [
+        answers([0.0, 5.0, 4.0], helpfulness=[2.0, 1.0, 9.0], is_safety=True),  # helpfulness has no say
+        answers([0.0, 5.0], helpfulness=[2.0, 1.0], is_safety=False),  # a safer answer, and less help
+        answers([0.0, 5.0, 4.0], helpfulness=[2.0, 1.0, 3.0], is_safety=False),  # the best is the most helpful one
+        answers([-4.0, 5.0], helpfulness=[9.0, 1.0], is_safety=False),  # the original is unsafe: it counts for -4
+        answers([0.0, -1.74, -1.73], helpfulness=[-3.0, 9.0, -2.0], is_safety=False),  # the first is unsafe
+    ]
+    best = [candidate(row, keep_unfinished=False) for row in rows]
+    assert best == [1, 1, 2, 1, 1]
+    low = "not above the original"
+    assert [verdict(row, i, gate=True) for row, i in zip(rows, best, strict=True)] == ["", low, "", "", ""]
+    rows[4]["safety"][2] = -1.0
+    rows[4]["helpfulness"][2] = -1.5
+    assert candidate(rows[4], keep_unfinished=False) == 2
 
 
 @given(st.lists(st.floats(-9, 9), min_size=2, max_size=6))
@@ -320,9 +339,40 @@ def test_helpful_prompts_are_distilled_only_where_that_is_measured(arguments, tm
     ] * 2
 
 
+def test_with_a_helpfulness_model_the_combined_score_decides(arguments, tmp_path):
+    """Both scores recomputed by plain transformers; what is kept is above the original by the rule."""
+    helpfulness = save_tiny_reward_model(tmp_path / "helpfulness", seed=7)
+    more = {"include_helpful": "true", "helpfulness_model_path": helpfulness}
+    run(arguments, tmp_path / "out", **more)
+    chat = load_chat_format(load_tokenizer(arguments["model_name_or_path"]))
+    model = AutoModelForSequenceClassification.from_pretrained(helpfulness).eval()
+    threshold = math.log(0.15 / 0.85)
+    expected = []
+    for row in stored(tmp_path / "out"):
+        with torch.no_grad():
+            scores = [
+                float(model(torch.tensor([chat.encode_prompt(row["prompt"]) + ids])).logits)
+                for ids in row["response_ids"]
+            ]
+        assert row["helpfulness"] == pytest.approx(scores, abs=1e-4)
+        by_safety = [row["is_safety"] or safety < threshold for safety in row["safety"]]
+        rule = [s if safe else h for s, h, safe in zip(row["safety"], scores, by_safety, strict=True)]
+        best = max((i for i in (1, 2) if row["usable"][i]), key=lambda i: rule[i], default=None)
+        if best is not None and rule[best] > rule[0]:
+            expected.append(row["responses"][best])
+    kept = rows_of(tmp_path / "out" / "distilled.jsonl")
+    assert [row["messages"][-1]["content"] for row in kept] == expected
+    assert any(not row["is_safety"] for row in kept)
+    assert all({"helpfulness_score", "original_helpfulness_score", "safety_score"} <= row.keys() for row in kept)
+    assert "kept only where the combined reward scores it above" in (tmp_path / "out" / "README.md").read_text()
+    shown = rows_of(tmp_path / "out" / "not_kept.jsonl")
+    assert all({"response", "safety", "helpfulness"} == row["original"].keys() for row in shown)
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
+        ({"helpfulness_model_path": "runs/h"}, "helpfulness_model_path: no effect without include_helpful"),
         ({"safety_model_path": ""}, "safety_model_path: name the folder"),
         ({"samples_per_prompt": "0"}, "samples_per_prompt must be at least 1"),
         ({"temperature": "0"}, "temperature: greedy sampling gives equal responses"),
