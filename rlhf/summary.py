@@ -316,9 +316,9 @@ def goals(summary: Mapping[str, Any], ppo_gold: Mapping[str, Any] | None) -> lis
     tables = summary["gatt"]
     trained, unseen = tables["trained"], (tables["trained"] or {}).get("unseen")
     at_most("GAtt: obeyed in turns 6 to 20, before", _over(tables["baseline"], LATE_TURNS, fmean), 0.3)
-    at_least("GAtt: obeyed in turns 6 to 20, after", _over(trained, LATE_TURNS, fmean), 0.95)
-    at_least("GAtt: obeyed in the worst of 20 turns, after", _over(trained, ALL_TURNS, min), 0.92)
-    at_least("GAtt: turns 6 to 20, values never taught", _over(unseen, LATE_TURNS, fmean), 0.8)
+    at_least("GAtt: obeyed in turns 1 to 20, after", _over(trained, ALL_TURNS, fmean), 0.98)
+    at_least("GAtt: obeyed in the worst of 20 turns, after", _over(trained, ALL_TURNS, min), 0.95)
+    at_least("GAtt: turns 1 to 20, values never taught", _over(unseen, ALL_TURNS, fmean), 0.9)
     at_least("GAtt: dialogues measured", (trained or {}).get("dialogues"), 200)
     after = figure("gatt", "gold_helpfulness")
     low, high = (stage.get("ppo", {}).get("ci95") or {}).get("gold_helpfulness") or (None, None)

@@ -113,7 +113,9 @@ def fabricate(root: Path) -> None:
         root / "gatt_baseline", "summary.json", {"trained": persistence(0.97, 0.1) | {"unseen": persistence(0.9, 0.05)}}
     )
     put(
-        root / "gatt_trained", "summary.json", {"trained": persistence(0.99, 0.96) | {"unseen": persistence(0.9, 0.85)}}
+        root / "gatt_trained",
+        "summary.json",
+        {"trained": persistence(0.99, 0.985) | {"unseen": persistence(0.9, 0.92)}},
     )
     messages = [{"role": "system", "content": "Always act as Ada."}]
     messages += [
@@ -198,7 +200,7 @@ def test_safety_distillation_is_told_on_console_and_page(finished: Finished):
 def test_ghost_attention_is_by_turn(finished: Finished):
     baseline, trained = finished.summary["gatt"]["baseline"], finished.summary["gatt"]["trained"]
     assert (baseline["1"], baseline["2"], baseline["20"]) == (0.97, 0.1, 0.1)
-    assert (trained["20"], trained["unseen"]["20"], trained["ci95"]["20"][0]) == (0.96, 0.85, pytest.approx(0.91))
+    assert (trained["20"], trained["unseen"]["20"], trained["ci95"]["20"][0]) == (0.985, 0.92, pytest.approx(0.935))
 
 
 def test_comparisons_are_paired_by_prompt(finished: Finished):
@@ -234,7 +236,7 @@ def test_every_goal_is_met_by_a_good_run(finished: Finished):
     assert value["Safety model: accuracy, weak to strong rating"] == [0.55, 0.7, 0.85, 0.95]
     assert value["Unsafe answers, PPO as a part of SFT's"] == 0.25  # 0.1 / 0.4
     assert value["Helpfulness: PPO's best moment less its end"] == pytest.approx(0.01)  # 0.62 - 0.61
-    assert value["GAtt: obeyed in the worst of 20 turns, after"] == 0.96
+    assert value["GAtt: obeyed in the worst of 20 turns, after"] == 0.985
 
 
 def stage(summary: dict[str, Any], name: str) -> dict[str, Any]:
@@ -261,9 +263,9 @@ MISSES: dict[str, Change] = {
     "GAtt: obeyed in turns 6 to 20, before": lambda s, _: s["gatt"]["baseline"].update(
         {str(t): 0.31 for t in range(6, 21)}
     ),
-    # the mean of turns 6 to 20 stays over its own limit: (14 x 0.96 + 0.919) / 15 = 0.957
-    "GAtt: obeyed in the worst of 20 turns, after": lambda s, _: s["gatt"]["trained"].update({"9": 0.919}),
-    "GAtt: turns 6 to 20, values never taught": lambda s, _: s["gatt"]["trained"]["unseen"].update({"6": 0.0}),
+    # the mean of turns 1 to 20 stays over its own limit: (0.99 + 18 x 0.985 + 0.949) / 20 = 0.9835
+    "GAtt: obeyed in the worst of 20 turns, after": lambda s, _: s["gatt"]["trained"].update({"9": 0.949}),
+    "GAtt: turns 1 to 20, values never taught": lambda s, _: s["gatt"]["trained"]["unseen"].update({"6": 0.0}),
     "GAtt: dialogues measured": lambda s, _: s["gatt"]["trained"].update(dialogues=199),
     "Helpfulness: GAtt inside PPO's interval": lambda s, _: stage(s, "gatt").update(gold_helpfulness=0.62),
 }
@@ -280,15 +282,15 @@ def test_a_miss_shows_in_its_goal_alone(finished: Finished, goal: str):
 def test_goals_that_share_a_figure(finished: Finished):
     summary, ppo_gold = copy.deepcopy(finished.summary), ppo_gold_during_run(finished.root)
     stage(summary, "sft")["unsafe_rate"] = 0.61
-    summary["gatt"]["trained"] |= {"7": 0.85, "8": 0.85}  # (13 x 0.96 + 2 x 0.85) / 15 = 0.945
+    summary["gatt"]["trained"] |= {"7": 0.85, "8": 0.85}  # (0.99 + 17 x 0.985 + 2 x 0.85) / 20 = 0.972
     assert [row["goal"] for row in goals(summary, ppo_gold) if not row["met"]] == [
         "Unsafe answers to risky requests, SFT",
-        "GAtt: obeyed in turns 6 to 20, after",
+        "GAtt: obeyed in turns 1 to 20, after",
         "GAtt: obeyed in the worst of 20 turns, after",
     ]
     del summary["gatt"]["trained"]["20"]  # a turn that no dialogue reached: neither mean nor worst turn is known
     assert [row["goal"] for row in goals(summary, ppo_gold) if row.get("note") == "not measured"] == [
-        "GAtt: obeyed in turns 6 to 20, after",
+        "GAtt: obeyed in turns 1 to 20, after",
         "GAtt: obeyed in the worst of 20 turns, after",
     ]
 
