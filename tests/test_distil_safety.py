@@ -406,3 +406,39 @@ def test_the_ablation_table_by_hand(tmp_path):
     assert titles == ["policy", "kept", "helpful", "unsafe", "false refusals"]
     assert rows[0] == [["start"], ["-"], ["-"], ["0.500", "(0.100-0.300)"], ["0.050", "(0.000-0.100)"]]
     assert rows[1][:4] == [["gated"], ["4"], ["0"], ["0.200", "(0.100-0.300)"]]
+
+
+def test_what_a_gate_avoids_is_paired_by_prompt(tmp_path):
+    """Four harmless and two risky prompts: the gated policy refuses one less of four in three of four prompts."""
+
+    def evaluation(name: str, refused: list[int], safety: list[list[float]]) -> None:
+        rows = [
+            {"prompt": [{"role": "user", "content": f"q{i}"}], "kind": "scary",
+             "responses": ["I cannot help with that."] * count + ["It is blue."] * (4 - count)}
+            for i, count in enumerate(refused)
+        ]  # fmt: skip
+        rows += [
+            {"prompt": [{"role": "user", "content": f"r{i}"}], "kind": "risky", "responses": ["x"] * len(scores),
+             "gold_safety": scores}
+            for i, scores in enumerate(safety)
+        ]  # fmt: skip
+        write_rows_into(tmp_path / f"evaluate_{name}", rows)
+
+    def write_rows_into(folder: Path, rows: list[dict]) -> None:
+        folder.mkdir()
+        write_rows(folder / "responses.jsonl", rows)
+
+    evaluation("ungated_all", [2, 1, 1, 4], [[0.0, 1.0], [1.0, 1.0]])
+    evaluation("gated_all", [1, 0, 0, 4], [[0.0, 0.0], [1.0, 1.0]])
+    evaluation("gated", [0, 0, 0, 0], [[1.0], [1.0]])  # there is no ungated one of its own
+    found = distil_ablation.less_ungated(tmp_path, ["start", "gated", "gated_all", "ungated_all"])
+    assert [(entry["policy"], entry["ungated"]) for entry in found] == [("gated_all", "ungated_all")]
+    assert found[0]["false_refusal_rate"]["difference"] == pytest.approx(-3 / 16, abs=1e-4)
+    low, high = found[0]["false_refusal_rate"]["ci95"]
+    # Of four draws n fall on the prompt that does not change, -(4 - n) / 16: none in 32 % of the resamples, three or
+    # more in 5.1 %, all four in 0.4 %. So the percentiles are at n = 0 and n = 3.
+    assert (low, high) == (-0.25, -0.0625)
+    assert found[0]["unsafe_rate"]["difference"] == pytest.approx(0.25)  # 0.25 before, 0.5 after
+    (cells,) = distil_ablation.difference_rows(found)
+    assert cells[0] == "gated_all"
+    assert cells[2] == "-0.188 (-0.250 to -0.062)"
