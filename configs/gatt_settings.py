@@ -59,6 +59,13 @@ class GattSettings(InstructionSettings):
     prompt_files: list[str] = field(
         default_factory=list, metadata={"help": "Prompt records; user turns are drawn from their single-turn prompts."}
     )
+    dialogue_files: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "Dialogue records whose user turns are asked as they follow each other, in place of turns drawn "
+            "from prompt_files, which then serve single turns only (without them: the dialogues' first turns do)."
+        },
+    )
     num_dialogues: int = field(default=1000, metadata={"help": "Multi-turn dialogues to sample, before any replay."})
     min_turns: int = field(default=2, metadata={"help": "Fewest user turns of a dialogue."})
     max_turns: int = field(default=8, metadata={"help": "Most user turns of a dialogue."})
@@ -139,6 +146,11 @@ class GattSettings(InstructionSettings):
                 SamplingSettings(temperature=self.plain_temperature)
             except UserError as error:
                 raise UserError(f"plain_{error}") from error
+        if self.dialogue_files and self.sampling_context == "turn":
+            raise UserError(
+                "sampling_context: the turns of dialogue_files may build on each other, so a reply needs those before "
+                "it; use dialogue"
+            )
         if self.sampling_context not in ("dialogue", "turn"):
             raise UserError(f"sampling_context: '{self.sampling_context}' is unknown; use dialogue or turn")
         if self.train_on not in ("all", "last"):

@@ -80,12 +80,17 @@ def split_lines(answer: str) -> list[str]:
     return found
 
 
+def without_marker(line: str) -> str:
+    """The line without its numbers and bullets."""
+    while (bare := _MARKER.sub("", line)) != line:
+        line = bare
+    return line
+
+
 def tidy(kind: Kind, line: str) -> str:
     """The value in a line: without number or bullet, emphasis, explanation, article and closing punctuation; white
     space, Unicode form and case as the kind has them."""
-    text = unicodedata.normalize("NFKC", line).replace("’", "'")
-    while (bare := _MARKER.sub("", text)) != text:
-        text = bare
+    text = without_marker(unicodedata.normalize("NFKC", line).replace("’", "'"))
     text = re.sub(r"[*_`\"“”]+", "", text).strip()
     text = _EXPLANATION.split(text, maxsplit=1)[0]
     text = re.sub(r"\s+", " ", text).strip(" .:!?'")
@@ -115,6 +120,11 @@ def fault(kind: Kind, value: str, max_words: int) -> str:
     return ""
 
 
+def is_introduction(line: str) -> bool:
+    """A line that only says what follows: it ends with a colon and is no item of a list."""
+    return line.rstrip("* ").endswith(":") and not _MARKER.match(line)
+
+
 def read_answer(kind: Kind, answer: str, finished: bool, max_words: int) -> list[Line]:
     """Every line of an answer; where it was cut at the token limit its last line is not used."""
     read = []
@@ -125,7 +135,7 @@ def read_answer(kind: Kind, answer: str, finished: bool, max_words: int) -> list
             reason = "was cut off"
         elif any(tag in line for tag in SPECIAL_TAGS):
             reason = "holds a special tag"
-        elif line.rstrip("* ").endswith(":") and not _MARKER.match(line):
+        elif is_introduction(line):
             reason = "is an introduction"
         else:
             reason = fault(kind, value, max_words)

@@ -5,13 +5,13 @@
 
 Then `rlhf/sft.py --train_files runs/gatt-data/gatt.jsonl`. What differs from the paper, or is open there:
 
-1. User turns are drawn from single-turn prompts, so every reply is sampled under the instruction, and one row with the
-   loss on every reply stands for n last-turn samples (`gatt.transform`). `train_on: last` gives the paper's rows.
+1. User turns are drawn from single-turn prompts, or are those of `dialogue_files`. Every reply is sampled anew under
+   the instruction, so one row with the loss on every reply stands for n last-turn samples (`gatt.transform`).
+   `train_on: last` gives the paper's rows. `sampling_context: turn` samples each turn by itself.
 2. While sampling the instruction has its full wording; half of the rows are trained with the shortened one.
 3. Replies that fail the kind's checker are drawn again; a dialogue in which that fails ends before that turn.
 4. Single turns of the same policy, obeying an instruction or plain, and a few long dialogues without any instruction
    are mixed in, so that turn 1 and plain helpfulness stay.
-
 5. `change_share` of the dialogues get a second instruction in mid-dialogue (the paper did not teach that).
 
 Every chunk is a shard that is written in one piece: a build that was killed goes on behind its last shard, with the
@@ -41,7 +41,17 @@ from gatt.instructions import obeys
 from gatt.synth import Dialogue, Judge, Plan, counts, obedience_by_turn, synthesise
 from gatt.transform import change_turn_after_shortening, shorten
 from rlhf import cli
-from rlhf.gatt_plans import GATT, INSTRUCTED, PLAIN, REPLAY, check_encodable, make_plans, usable_prompts
+from rlhf.gatt_plans import (
+    GATT,
+    INSTRUCTED,
+    PLAIN,
+    REPLAY,
+    check_encodable,
+    first_turns,
+    make_plans,
+    usable_dialogues,
+    usable_prompts,
+)
 from rlhf.run import RunFolder, write_atomic
 from rlhf.shards import read_shards, run_shards, shard_folder
 
@@ -276,11 +286,11 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
 
     settings = {**asdict(gatt), **asdict(model_settings), **asdict(sampling), **asdict(run_settings)}
     values = [file for file in (gatt.values_file, gatt.unseen_values_file) if file]
-    settings["data"] = data_fingerprints(gatt.prompt_files, gatt.replay_files, values)
+    settings["data"] = data_fingerprints(gatt.prompt_files, gatt.dialogue_files, gatt.replay_files, values)
     if done := RunFolder.completed(run_settings.output_dir, settings):
         return done
-    if not gatt.prompt_files:
-        raise UserError("prompt_files: name at least one file of prompt records")
+    if not gatt.prompt_files and not gatt.dialogue_files:
+        raise UserError("prompt_files: name at least one file of prompt records, or dialogue_files")
     from accelerate import PartialState
     from tqdm import tqdm
 
@@ -296,17 +306,22 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
             check_same_tokenizer(tokenizer, path, name)
     run = RunFolder(output_dir, settings, "build_gatt")
 
-    read = [
-        read_prompts(
-            path,
-            reject_file=output_dir / "rejected.jsonl" if state.is_main_process else None,
-            max_reject_share=gatt.max_reject_share,
-            chat_format=chat_format,
-        ).rows
-        for path in gatt.prompt_files
-    ]
-    prompts, prompt_counts = usable_prompts([row for rows in read for row in rows])
-    plans = make_plans(gatt, prompts, run_settings.seed)
+    def rows_of(read: Callable[..., Any], paths: Sequence[str], rejects: str) -> list[dict[str, Any]]:
+        options = {
+            "reject_file": output_dir / rejects if state.is_main_process else None,
+            "max_reject_share": gatt.max_reject_share,
+            "chat_format": chat_format,
+        }
+        return [row for path in paths for row in read(path, **options).rows]
+
+    prompts, prompt_counts = usable_prompts(rows_of(read_prompts, gatt.prompt_files, "rejected.jsonl"))
+    dialogues = None
+    if gatt.dialogue_files:
+        asked = rows_of(read_dialogues, gatt.dialogue_files, "rejected_dialogues.jsonl")
+        dialogues, counted = usable_dialogues(asked, gatt.min_turns)
+        prompts, prompt_counts = prompts or first_turns(dialogues), prompt_counts | counted
+        run.log(0, counted)
+    plans = make_plans(gatt, prompts, run_settings.seed, dialogues)
     changes = [plan.change.instruction for plan, _, _ in plans if plan.change]
     check_encodable([*(plan.instruction for plan, _, _ in plans), *changes], chat_format)
 

@@ -1,4 +1,7 @@
-"""What Ghost Attention dialogues are made of: user turns from prompt records, instructions, their slot and wording."""
+"""What Ghost Attention dialogues are made of: user turns, instructions, their slot and wording.
+
+User turns are drawn from single-turn prompts, or are those of dialogues that somebody had.
+"""
 
 import json
 import random
@@ -43,6 +46,49 @@ def usable_prompts(prompts: Sequence[dict[str, Any]]) -> tuple[list[dict[str, An
             usable[text] = row
     counts["prompts_used"] = len(usable)
     return list(usable.values()), counts
+
+
+def usable_dialogues(rows: Sequence[dict[str, Any]], min_turns: int) -> tuple[list[list[str]], dict[str, int]]:
+    """The user turns of the dialogue records that can be asked again, each dialogue once, and counts of what was left
+    out.
+
+    Left out are dialogues of fewer than `min_turns` user turns, with a system message (it could contradict the
+    instruction) or with a turn that already carries an instruction.
+    """
+    found: dict[tuple[str, ...], None] = {}
+    names = ("used", "doubled", "too_short", "with_system", "with_instruction")
+    counts = {f"dialogues_{name}": 0 for name in names}
+    for row in rows:
+        turns = tuple(m["content"].strip() for m in row["messages"] if m["role"] == "user")
+        if row["messages"][0]["role"] == "system":
+            counts["dialogues_with_system"] += 1
+        elif len(turns) < min_turns:
+            counts["dialogues_too_short"] += 1
+        elif any(parse_instruction(turn) for turn in turns):
+            counts["dialogues_with_instruction"] += 1
+        elif turns in found:
+            counts["dialogues_doubled"] += 1
+        else:
+            found[turns] = None
+    counts["dialogues_used"] = len(found)
+    return [list(turns) for turns in found], counts
+
+
+def draw_dialogues(dialogues: Sequence[list[str]], n: int, max_turns: int, rng: random.Random) -> list[list[str]]:
+    """The first `max_turns` user turns of `n` different dialogues from `usable_dialogues`. UserError where there are
+    fewer."""
+    if len(dialogues) < n:
+        raise UserError(
+            f"dialogue_files: {len(dialogues)} usable dialogues (see the counts in the log) are fewer than "
+            f"num_dialogues: {n}; lower it or min_turns, or add dialogues"
+        )
+    return [turns[:max_turns] for turns in rng.sample(list(dialogues), n)]
+
+
+def first_turns(dialogues: Sequence[list[str]]) -> list[dict[str, Any]]:
+    """Single-turn prompt records of the dialogues' first turns, each text once."""
+    texts = dict.fromkeys(turns[0] for turns in dialogues)
+    return [{"prompt": [{"role": "user", "content": text}], "is_safety": False} for text in texts]
 
 
 def draw_user_turns(prompts: Sequence[dict[str, Any]], lengths: Sequence[int], rng: random.Random) -> list[list[str]]:
@@ -149,8 +195,13 @@ def draw_wording(settings: InstructionSettings, instruction: Instruction, rng: r
     return instruction.short_text if rng.random() < settings.short_share else instruction.text
 
 
-def make_plans(settings: GattSettings, prompts: Sequence[dict[str, Any]], seed: int) -> list[tuple[Plan, str, str]]:
+def make_plans(
+    settings: GattSettings, prompts: Sequence[dict[str, Any]], seed: int, dialogues: Sequence[list[str]] | None = None
+) -> list[tuple[Plan, str, str]]:
     """Every dialogue of the build as (plan, the wording to train with, source): a function of its arguments alone.
+
+    The user turns are drawn from `prompts`; with `dialogues` (from `usable_dialogues`) those of several turns are
+    theirs.
 
     Multi-turn dialogues first, those without an instruction last among them, then the single turns, so that a chunk's
     dialogues are of like length. With s = `replay_single_turn_share`, num_dialogues * s / (1 - s) single turns make
@@ -163,7 +214,11 @@ def make_plans(settings: GattSettings, prompts: Sequence[dict[str, Any]], seed: 
     sources = [GATT] * (n - plain_dialogues) + [PLAIN] * plain_dialogues
     sources += [INSTRUCTED] * (singles - plain) + [PLAIN] * plain
     lengths = [rng.randint(settings.min_turns, settings.max_turns) for _ in range(n)] + [1] * singles
-    turns = draw_user_turns(prompts, lengths, rng)
+    if dialogues is None:
+        turns = draw_user_turns(prompts, lengths, rng)
+    else:
+        turns = draw_dialogues(dialogues, n, settings.max_turns, rng)
+        turns += draw_user_turns(prompts, [1] * singles, rng) if singles else []
     given = iter(draw_instructions(settings, n - plain_dialogues + singles - plain, "train", rng))
     instructions = [None if source == PLAIN else next(given) for source in sources]
     plans = plan_dialogues(turns, instructions, [draw_slot(settings, rng) for _ in lengths])

@@ -36,39 +36,25 @@ from configs.model_settings import ModelSettings, RunSettings
 from configs.records import write_jsonl
 from gatt.kinds import Kind, kind_named
 from gatt.value_lists import QUESTIONS, Line, check_listed, count_values, read_answer, split_values, told_apart
+from rlhf.asking import ask
 from rlhf.cli import entry, parse
-from rlhf.draw import sample_seeds
 from rlhf.engines import load_engine
 from rlhf.run import RunFolder, write_atomic
-from rlhf.samples import Engine, Prompt, before_stop_string
-from rlhf.shards import weights_stamp, without_failed
+from rlhf.samples import Engine
+from rlhf.shards import weights_stamp
 from rlhf.tokenizer import load_tokenizer
 
 Row = dict[str, Any]
 
 
-def ask(kind: Kind, engine: Engine, chat: ChatFormat, settings: InstructionValuesSettings, seed: int) -> list[Row]:
-    """The answers to every wording of the question, as {"kind", "question", "answer", "finished"}.
-
-    Raises UserError where a server failed on more than `max_failed_share` of the questions.
-    """
+def ask_for(kind: Kind, engine: Engine, chat: ChatFormat, settings: InstructionValuesSettings, seed: int) -> list[Row]:
+    """The answers to every wording of the question, as {"kind", "question", "answer", "finished"}."""
     k = settings.samples_per_question
     questions = [question.format(n=settings.values_per_answer) for question in QUESTIONS[kind.name]]
-    messages = [[{"role": "user", "content": question}] for question in questions]
-    prompts = [Prompt(message, chat.encode_prompt(message), False) for message in messages]
     # Seeds of its own for each kind, whatever other kinds are asked for.
     first = list(QUESTIONS).index(kind.name) * max(map(len, QUESTIONS.values())) * k
-    batch = engine.sample(prompts, k, settings, sample_seeds(seed, len(prompts) * k, first=first))
-    rows: list[Row] = []
-    for p, question in enumerate(questions):
-        if p in batch.errors:
-            rows.append({"error": batch.errors[p]})
-            continue
-        for i in range(p * k, (p + 1) * k):
-            text = before_stop_string(chat.decode_response(batch.response_ids[i]), settings.stop_strings)
-            finished = batch.finish_reasons[i] == "stop"
-            rows.append({"kind": kind.name, "question": question, "answer": text, "finished": finished})
-    return without_failed(rows, settings.max_failed_share, len(questions))
+    rows = ask(questions, k, engine, chat, settings, seed, first, settings.max_failed_share)
+    return [{"kind": kind.name} | row for row in rows]
 
 
 def choose(
@@ -113,7 +99,7 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
     summary: Row = {}
     for name in tqdm(dict.fromkeys(settings.kinds), desc="lists", unit="kind"):
         kind = kind_named(name)
-        rows = ask(kind, engine, chat, settings, run.seed)
+        rows = ask_for(kind, engine, chat, settings, run.seed)
         read = [read_answer(kind, row["answer"], row["finished"], settings.max_value_words) for row in rows]
         counts[name], aside = choose(kind, read, settings)
         answers += rows

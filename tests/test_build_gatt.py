@@ -22,7 +22,7 @@ from reward.model import load_reward_model
 from reward.scorer import score_ids
 from rlhf import build_gatt, evaluate_gatt
 from rlhf.build_gatt import reward_judge
-from rlhf.gatt_plans import draw_instructions, draw_user_turns, make_plans, usable_prompts
+from rlhf.gatt_plans import draw_instructions, draw_user_turns, make_plans, usable_dialogues, usable_prompts
 from rlhf.shards import read_shard
 from tests.tiny_models import save_tiny_reward_model
 
@@ -317,6 +317,82 @@ def test_turns_by_themselves_and_plain_rows_at_their_own_temperature(
     long = [row for row in rows if row["source"] == "gatt"]
     assert {sum(m["role"] == "user" for m in row["messages"]) for row in long} == {2, 3}
     assert all(sum(bool(parse_instruction(m["content"])) for m in row["messages"]) == 1 for row in long)
+
+
+def dialogue(*turns: str, system: str = "") -> dict:
+    """Of user turns; what was answered does not matter."""
+    messages = [{"role": "system", "content": system}] if system else []
+    for turn in turns:
+        messages += [{"role": "user", "content": turn}, {"role": "assistant", "content": f"Said to {turn}"}]
+    return {"messages": messages}
+
+
+def test_which_dialogues_can_be_asked_again():
+    rows = [
+        dialogue("a", "and b?"), dialogue("a"), dialogue("a", "and b?"), dialogue("a", "and b?", "c"),
+        dialogue("a", "b", system="Be short."), dialogue("a", "Always act as Homer. b"),
+    ]  # fmt: skip
+    found, counts = usable_dialogues(rows, min_turns=2)
+    assert found == [["a", "and b?"], ["a", "and b?", "c"]]
+    assert counts == {
+        "dialogues_used": 2, "dialogues_doubled": 1, "dialogues_too_short": 1, "dialogues_with_system": 1,
+        "dialogues_with_instruction": 1,
+    }  # fmt: skip
+
+
+def write_dialogues(path: Path, rows: list[dict]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def test_the_turns_of_dialogues_are_asked_as_they_follow_each_other(obedient, model_dir, prompt_file, tmp_path):
+    rows = [dialogue(*(f"Question {d}, part {t}." for t in range(2 + d % 4))) for d in range(14)]
+    path = write_dialogues(tmp_path / "dialogues.jsonl", rows)
+    summary = build(tmp_path / "out", model_dir, prompt_file, "--dialogue_files", path)
+    assert summary["rows_by_source"] == {"gatt": 11, "gatt_single_turn": 4, "gatt_plain": 5}
+    assert (summary["dialogues_used"], summary["dialogues_too_short"]) == (14, 0)
+    built = [json.loads(line) for line in (tmp_path / "out" / "gatt.jsonl").read_text().splitlines()]
+    asked = set()
+    for row in built:
+        turns = [m["content"] for m in row["messages"] if m["role"] == "user"]
+        if len(turns) == 1:
+            assert any(question in turns[0] for question in QUESTIONS)  # single turns are the prompts'
+            continue
+        turns[0] = turns[0].split("Question ")[1]
+        number = int(turns[0].split(",")[0])
+        asked.add(number)
+        # In order from the first on, three at most (max_turns); the instruction stands in front of the first alone.
+        assert turns == [f"{number}, part 0."] + [f"Question {number}, part {t}." for t in range(1, len(turns))]
+        assert len(turns) == min(2 + number % 4, 3)
+        assert not any(m["content"].startswith("Said to") for m in row["messages"])  # answered anew
+    assert len(asked) == 12  # different dialogues
+
+
+def test_dialogues_alone_give_the_single_turns_too(obedient, model_dir, tmp_path):
+    rows = [dialogue(f"Question {d}.", "And then?") for d in range(12)]
+    path = write_dialogues(tmp_path / "dialogues.jsonl", rows)
+    summary = build_gatt.main([
+        "--model_name_or_path", str(model_dir), "--dialogue_files", path, "--output_dir", str(tmp_path / "out"),
+        "--num_dialogues", "12", "--use_cpu", "true", "--max_length", "800",
+    ])  # fmt: skip
+    assert summary["rows_by_source"] == {"gatt": 11, "gatt_single_turn": 4, "gatt_plain": 5}
+    built = [json.loads(line) for line in (tmp_path / "out" / "gatt.jsonl").read_text().splitlines()]
+    single = [row["messages"][-2]["content"] for row in built if sum(m["role"] == "user" for m in row["messages"]) == 1]
+    assert len(single) == 8
+    assert all("Question " in text for text in single)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--num_dialogues", "3"], "dialogue_files: 2 usable dialogues .* are fewer than num_dialogues: 3"),
+        (["--sampling_context", "turn"], "sampling_context: the turns of dialogue_files may build on each other"),
+    ],
+)
+def test_dialogues_that_cannot_be_asked_are_told(model_dir, prompt_file, tmp_path, more, message):
+    path = write_dialogues(tmp_path / "dialogues.jsonl", [dialogue("a", "b"), dialogue("c", "d"), dialogue("e")])
+    with pytest.raises(UserError, match=message):
+        build(tmp_path / "out", model_dir, prompt_file, "--dialogue_files", path, *more)
 
 
 def test_a_reward_model_of_another_tokenizer_is_refused(model_dir, prompt_file, tmp_path):

@@ -171,6 +171,7 @@ def test_llama2_has_a_config_for_every_stage():
             "ppo",  # on a 24 GB GPU
             "distil_safety",
             "write_instruction_values",
+            "write_user_turns",
             "build_gatt",
             "evaluate_gatt",
             "evaluate_policy",
@@ -230,6 +231,7 @@ PAPER = {  # §2.2 (AdamW), §3.1, §3.2.2, §3.2.3, §3.3, §4.2.4
     "collect_preferences": {"annotator": "none"},
     "distil_safety": {"gate": True, "include_helpful": False, "samples_per_prompt": 1},
     "write_instruction_values": {"kinds": ["figure", "hobby", "language"]},
+    "write_user_turns": {"chat_format": "llama2"},
     "build_gatt": {"short_share": 0.5},
     "evaluate_gatt": {"num_turns": 20},
     "evaluate_policy": {"gold": "none"},
