@@ -22,7 +22,8 @@ from configs.errors import UserError
 from gatt.kinds import Instruction
 from gatt.transform import SPECIAL_TAGS, Message, training_record, with_instruction_everywhere
 
-CUT_REASONS = ("disobeyed", "unfinished", "too_long")
+CUT_REASONS = ("disobeyed", "unfinished", "too_long", "failed")
+NOTHING_SAMPLED = ("too_long", "failed")
 CONTEXTS = ("dialogue", "turn")
 
 
@@ -31,7 +32,7 @@ class Draft:
     """What an engine returns for one context: the text of a finished reply, or why there is none.
 
     `problem` is "" for a reply that ended by itself, "unfinished" for one cut at the token limit, "too_long" where the
-    context has no room for a reply.
+    context has no room for a reply, "failed" where the engine gave none.
     """
 
     text: str
@@ -226,16 +227,19 @@ class _Maker:
     def take(self, draft: Draft, obeys: Callable[[Instruction, str], bool]) -> None:
         """One more draft of the current turn."""
         self.drafts.append(draft)
-        if draft.problem == "too_long":  # nothing was sampled
+        if draft.problem in NOTHING_SAMPLED:
             return
         # A tag of the chat format inside a reply would make a row that no reader accepts.
         fine = not draft.problem and bool(draft.text.strip()) and not any(tag in draft.text for tag in SPECIAL_TAGS)
         fine = fine and self.obeyed(draft.text, obeys)
-        if len(self.drafts) == 1:
+        if len(self.sampled()) == 1:
             self.dialogue.first_draft_obeyed.append(fine)
         self.dialogue.drafts += 1
         if fine:
             self.passed.append(draft.text)
+
+    def sampled(self) -> list[Draft]:
+        return [draft for draft in self.drafts if draft.problem not in NOTHING_SAMPLED]
 
     def drawn(self, max_candidates: int, judged: bool) -> bool:
         """Whether the turn needs no other draft: with a judge all are drawn, without one until one obeys."""
@@ -245,9 +249,9 @@ class _Maker:
 
     def cut(self) -> None:
         """No draft of the current turn can be kept: the dialogue ends before it."""
-        # Where room ran out after other drafts, what was wrong with them says more.
-        sampled = [draft for draft in self.drafts if draft.problem != "too_long"]
-        self.dialogue.cut = (sampled[-1].problem or "disobeyed") if sampled else "too_long"
+        # Where room ran out, or the engine failed, after other drafts, what was wrong with them says more.
+        sampled = self.sampled()
+        self.dialogue.cut = (sampled[-1].problem or "disobeyed") if sampled else self.drafts[-1].problem
 
     def keep(self, place: int) -> None:
         """The candidate `passed[place]` becomes the reply of the current turn."""

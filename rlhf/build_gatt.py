@@ -32,13 +32,14 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from configs.chat import ChatFormat, load_chat_format
+from configs.engine_settings import NOT_SAMPLED, EngineSettings
 from configs.errors import UserError
 from configs.gatt_settings import GattSettings
 from configs.model_settings import ModelSettings, RunSettings
 from configs.records import read_dialogues, read_prompts, write_jsonl
 from configs.sampling_settings import SamplingSettings
 from gatt.instructions import obeys
-from gatt.synth import Dialogue, Judge, Plan, counts, obedience_by_turn, synthesise
+from gatt.synth import Dialogue, Judge, Plan, Reply, counts, obedience_by_turn, synthesise
 from gatt.transform import change_turn_after_shortening, shorten
 from rlhf import cli
 from rlhf.gatt_plans import (
@@ -89,6 +90,8 @@ def make_record(
 
 # (indices of dialogues, id lists of each) -> a raw score for each id list: `rlhf.growing_scores.GrowingScores`
 Scores = Callable[[list[int], list[list[list[int]]]], list[list[float]]]
+# (how to sample, seed) -> what samples the dialogues of one chunk
+MakeReply = Callable[[SamplingSettings, int], Reply]
 
 
 def reward_judge(
@@ -135,33 +138,29 @@ class Builder:
     def __init__(
         self,
         gatt: GattSettings,
+        engine_settings: EngineSettings,
         model_settings: ModelSettings,
         sampling: SamplingSettings,
         tokenizer: Any,
         chat_format: ChatFormat,
         prompts: Sequence[dict[str, Any]],
         seed: int,
-        device: str,
+        device: Any,
     ):
-        self.gatt, self.model_settings, self.sampling, self.seed = gatt, model_settings, sampling, seed
+        self.gatt, self.engine_settings, self.model_settings = gatt, engine_settings, model_settings
+        self.sampling, self.seed = sampling, seed
         self.tokenizer, self.chat_format, self.device = tokenizer, chat_format, device
         self.is_safety = {row["prompt"][0]["content"].strip(): bool(row.get("is_safety")) for row in prompts}
-        self._loaded: tuple[Any, Judge | None] | None = None
+        self._loaded: tuple[MakeReply, Judge | None] | None = None
 
     def chunk(self, number: int, plans: Sequence[tuple[Plan, str, str]]) -> list[dict[str, Any]]:
         """One shard: a row for each plan, with its record (or why there is none) and what sampling it took."""
-        from rlhf import dialogues as engines
-
-        model, judge = self._load()
-        make_engine = engines.DialogueEngine if self.gatt.sampling_context == "dialogue" else engines.TurnEngine
+        make_reply, judge = self._load()
         dialogues: dict[int, Dialogue] = {}
         for places, sampling in self._temperatures(plans):
-            engine = make_engine(
-                model, self.chat_format, self.tokenizer.pad_token_id, sampling, self.gatt.max_length,
-                random.Random(f"gatt chunk {self.seed}/{number}/{places[0]}").getrandbits(62),
-            )  # fmt: skip
+            seed = random.Random(f"gatt chunk {self.seed}/{number}/{places[0]}").getrandbits(62)
             made = synthesise(
-                [plans[i][0] for i in places], engine, obeys, self.gatt.max_candidates, judge,
+                [plans[i][0] for i in places], make_reply(sampling, seed), obeys, self.gatt.max_candidates, judge,
                 self.gatt.sampling_context,
             )  # fmt: skip
             dialogues |= dict(zip(places, made, strict=True))
@@ -186,13 +185,31 @@ class Builder:
         groups = [(others, self.sampling), (plain, replace(self.sampling, temperature=self.gatt.plain_temperature))]
         return [(places, sampling) for places, sampling in groups if places]
 
-    def _load(self) -> tuple[Any, Judge | None]:
+    def _load(self) -> tuple[MakeReply, Judge | None]:
         if self._loaded is None:
+            self._loaded = self._sampler(), self._judge()
+        return self._loaded
+
+    def _sampler(self) -> MakeReply:
+        """Whole dialogues are sampled with a cache that stays where this process samples; else context by context."""
+        from rlhf import dialogues as engines
+
+        chat_format, gatt = self.chat_format, self.gatt
+        if gatt.sampling_context == "dialogue" and self.engine_settings.engine in ("auto", "in_process"):
             from rlhf.models import load_policy
 
             model = load_policy(self.model_settings, trainable=False).to(self.device)
-            self._loaded = model, self._judge()
-        return self._loaded
+            pad_id = self.tokenizer.pad_token_id
+            return lambda sampling, seed: engines.DialogueEngine(
+                model, chat_format, pad_id, sampling, gatt.max_length, seed
+            )
+        from rlhf.engines import load_engine
+
+        engine = load_engine(
+            self.engine_settings, self.model_settings, self.tokenizer, chat_format, self.device, self.sampling
+        )
+        share = self.engine_settings.max_failed_share
+        return lambda sampling, seed: engines.ContextEngine(engine, chat_format, sampling, gatt.max_length, seed, share)
 
     def _judge(self) -> Judge | None:
         if self.gatt.helpfulness_reward_model is None:
@@ -279,12 +296,13 @@ Share of first drafts that obeyed while sampling, by turn, before any selection:
 
 def main(args: list[str] | None = None) -> dict[str, Any]:
     """Build the data set; returns the summary that is also `output_dir/summary.json`."""
-    gatt, model_settings, sampling, run_settings = cli.parse(
-        GattSettings, ModelSettings, SamplingSettings, RunSettings, args=args
+    gatt, engine, model_settings, sampling, run_settings = cli.parse(
+        GattSettings, EngineSettings, ModelSettings, SamplingSettings, RunSettings, args=args
     )
+    engine.check_engine()
     from rlhf.models import data_fingerprints
 
-    settings = {**asdict(gatt), **asdict(model_settings), **asdict(sampling), **asdict(run_settings)}
+    settings = asdict(gatt) | asdict(engine) | asdict(model_settings) | asdict(sampling) | asdict(run_settings)
     values = [file for file in (gatt.values_file, gatt.unseen_values_file) if file]
     settings["data"] = data_fingerprints(gatt.prompt_files, gatt.dialogue_files, gatt.replay_files, values)
     if done := RunFolder.completed(run_settings.output_dir, settings):
@@ -325,7 +343,9 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
     changes = [plan.change.instruction for plan, _, _ in plans if plan.change]
     check_encodable([*(plan.instruction for plan, _, _ in plans), *changes], chat_format)
 
-    content = {k: v for k, v in settings.items() if k not in ("output_dir", "report_to", "logging_steps", "resume")}
+    not_in_rows = ("output_dir", "report_to", "logging_steps", "resume", *NOT_SAMPLED)
+    content = {k: v for k, v in settings.items() if k not in not_in_rows}
+    content["sampling_engine"] = engine.engine  # auto and server_url are one choice with server and server_url
     size, total = gatt.chunk_size, len(plans)
     shards = shard_folder(output_dir, content, total, size)
     if not run_settings.resume and state.is_main_process:
@@ -333,7 +353,7 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
             path.unlink()
     state.wait_for_everyone()
     builder = Builder(
-        gatt, model_settings, sampling, tokenizer, chat_format, prompts, run_settings.seed, str(state.device)
+        gatt, engine, model_settings, sampling, tokenizer, chat_format, prompts, run_settings.seed, state.device
     )
     resumed = sum(1 for _ in shards.glob("*.gz"))
     with tqdm(total=total, desc="Ghost Attention", unit="dialogue", disable=not state.is_main_process) as bar:

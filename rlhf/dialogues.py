@@ -1,5 +1,5 @@
 """The reply engines of `gatt.synth`: dialogues in which each token is computed once, over a session with a kept cache
-(`DialogueEngine`), and turns that are sampled by themselves (`TurnEngine`).
+(`DialogueEngine`), and contexts that any sampling engine answers one by one (`ContextEngine`).
 
 A dialogue's ids are the concatenation of increments, `prompt_1, reply_1, prompt_2, reply_2, ...`: prompt_k is what the
 chat format puts between the end of reply k-1 and reply k, so with the replies as the format encodes them the
@@ -17,7 +17,8 @@ from configs.errors import UserError
 from configs.sampling_settings import SamplingSettings
 from gatt.synth import Draft
 from gatt.transform import Message
-from rlhf.sampler import position_limit, sample
+from rlhf.sampler import position_limit
+from rlhf.samples import Engine, Prompt, SampleBatch, before_stop_string
 from rlhf.sessions import DialogueSession
 
 
@@ -149,31 +150,53 @@ class DialogueEngine:
         return Draft(text, "" if state.reply[-1] in self.stop_ids else "unfinished")
 
 
-class TurnEngine:
-    """`gatt.synth.Reply` over one policy where each context is one turn: nothing is kept between calls."""
+class ContextEngine:
+    """`gatt.synth.Reply` over any sampling engine: each context is a prompt of its own, and nothing is kept between
+    calls.
+
+    For contexts of one turn, and for whole dialogues where something else than this process samples: servers keep
+    prefixes themselves. A draft that the engine failed on may be drawn again; UserError where that is a larger share of
+    a call than `max_failed_share`.
+    """
 
     def __init__(
-        self, model: Any, chat_format: ChatFormat, pad_id: int, settings: SamplingSettings, max_length: int, seed: int
+        self,
+        engine: Engine,
+        chat_format: ChatFormat,
+        settings: SamplingSettings,
+        max_length: int,
+        seed: int,
+        max_failed_share: float = 0.0,
     ):
-        self.model, self.chat_format, self.pad_id, self.settings = model, chat_format, pad_id, settings
-        limit = position_limit(model)
+        self.engine, self.chat_format, self.settings = engine, chat_format, settings
+        limit = position_limit(engine)
         self.max_length = min(max_length, limit) if limit else max_length
-        self.seed, self.calls = seed, 0
-        if settings.stop_strings:
-            raise UserError("stop_strings: a reply of Ghost Attention ends at an end token; leave them out")
+        self.seed, self.calls, self.max_failed_share = seed, 0, max_failed_share
 
     def __call__(self, rows: list[int], contexts: list[list[Message]]) -> list[Draft]:
         """One draft a row: decoded text, or why there is none."""
-        prompts = [self.chat_format.encode_prompt(context) for context in contexts]
-        fits = [i for i, ids in enumerate(prompts) if len(ids) + self.settings.max_new_tokens + 1 <= self.max_length]
+        prompts = [Prompt(context, self.chat_format.encode_prompt(context)) for context in contexts]
+        room = self.max_length - self.settings.max_new_tokens - 1
+        fits = [i for i, prompt in enumerate(prompts) if len(prompt.ids) <= room]
         drafts = [Draft("", "too_long")] * len(rows)
         if fits:
-            drawn = sample(
-                self.model, [prompts[i] for i in fits], 1, self.settings, stop_ids=self.chat_format.stop_ids,
-                pad_id=self.pad_id, seed=random.Random(f"{self.seed}/{self.calls}").getrandbits(62),
-            )  # fmt: skip
-            for i, ids, reason in zip(fits, drawn.response_ids, drawn.finish_reasons, strict=True):
-                problem = "" if reason == "stop" else "unfinished"
-                drafts[i] = Draft(self.chat_format.decode_response(ids), problem)
+            seed = random.Random(f"{self.seed}/{self.calls}").getrandbits(62)
+            batch = self.engine.sample([prompts[i] for i in fits], 1, self.settings, seed)
+            if len(batch.errors) > self.max_failed_share * len(fits):
+                place, reason = next(iter(batch.errors.items()))
+                raise UserError(
+                    f"{len(batch.errors)} of {len(fits)} replies could not be sampled, more than max_failed_share: "
+                    f"{self.max_failed_share}; the first, of dialogue {rows[fits[place]]}: {reason}"
+                )
+            for place, i in enumerate(fits):
+                drafts[i] = self._draft(batch, place)
         self.calls += 1
         return drafts
+
+    def _draft(self, batch: SampleBatch, place: int) -> Draft:
+        if place in batch.errors:
+            return Draft("", "failed")
+        text = before_stop_string(
+            self.chat_format.decode_response(batch.response_ids[place]), self.settings.stop_strings
+        )
+        return Draft(text, "" if batch.finish_reasons[place] == "stop" else "unfinished")

@@ -11,6 +11,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import rlhf.dialogues
+import rlhf.models
+import rlhf.server_engine
 from configs.chat import load_chat_format
 from configs.errors import UserError
 from configs.gatt_settings import GattSettings, InstructionSettings, PersistenceSettings
@@ -23,6 +25,7 @@ from reward.scorer import score_ids
 from rlhf import build_gatt, evaluate_gatt
 from rlhf.build_gatt import reward_judge
 from rlhf.gatt_plans import draw_instructions, draw_user_turns, make_plans, usable_dialogues, usable_prompts
+from rlhf.samples import SampleBatch
 from rlhf.shards import read_shard
 from tests.tiny_models import save_tiny_reward_model
 
@@ -295,15 +298,16 @@ def test_turns_by_themselves_and_plain_rows_at_their_own_temperature(
     asked = []
 
     class Turns(Obedient):
-        def __init__(self, model, chat_format, pad_id, settings, max_length, seed):
-            super().__init__(model, chat_format, pad_id, settings, max_length, seed)
+        def __init__(self, engine, chat_format, settings, max_length, seed, max_failed_share):
+            super().__init__(engine, chat_format, 3, settings, max_length, seed)
+            assert engine.name == "in_process"
             self.temperature = settings.temperature
 
         def __call__(self, rows, contexts):
             asked.extend((self.temperature, context) for context in contexts)
             return super().__call__(rows, contexts)
 
-    monkeypatch.setattr(rlhf.dialogues, "TurnEngine", Turns)
+    monkeypatch.setattr(rlhf.dialogues, "ContextEngine", Turns)
     more = ("--sampling_context", "turn", "--temperature", "0.3", "--plain_temperature", "1")
     summary = build(tmp_path / "out", model_dir, prompt_file, *more)
     assert summary["rows_by_source"] == {"gatt": 11, "gatt_single_turn": 4, "gatt_plain": 5}
@@ -317,6 +321,44 @@ def test_turns_by_themselves_and_plain_rows_at_their_own_temperature(
     long = [row for row in rows if row["source"] == "gatt"]
     assert {sum(m["role"] == "user" for m in row["messages"]) for row in long} == {2, 3}
     assert all(sum(bool(parse_instruction(m["content"])) for m in row["messages"]) == 1 for row in long)
+
+
+@pytest.mark.parametrize("context", ["dialogue", "turn"])
+def test_any_engine_samples_the_replies(model_dir, prompt_file, tmp_path, monkeypatch, context):
+    """A server, scripted: it is given whole dialogues or turns, loads no policy, and its temperature reaches it."""
+    asked = []
+
+    class Server:
+        name = "server"
+        config = LlamaConfig(max_position_embeddings=8192)
+
+        def __init__(self, settings, path, chat, config, sampling):
+            assert (settings.server_url, path, sampling.temperature) == ("http://127.0.0.1:1/v1", str(model_dir), 0.4)
+            self.chat = chat
+
+        def sample(self, prompts, k, settings, seed=0):
+            texts = []
+            for prompt in prompts:
+                assert prompt.ids == self.chat.encode_prompt(prompt.messages)
+                asked.append(prompt.messages)
+                first = prompt.messages[0] if len(prompt.messages) == 2 else prompt.messages[-1]
+                parsed = parse_instruction(first["content"])
+                texts.append(f"{parsed[0].value}, it is, {parsed[0].value}" if parsed else "Plain.")
+            ids = [self.chat.tokenizer.encode(text, add_special_tokens=False) for text in texts]
+            return SampleBatch(ids, [], [], ["stop"] * len(ids), [], k, exact_ids=False)
+
+    monkeypatch.setattr(rlhf.server_engine, "Server", Server)
+    monkeypatch.setattr(rlhf.models, "load_policy", None)
+    more = ("--server_url", "http://127.0.0.1:1/v1", "--temperature", "0.4", "--sampling_context", context)
+    summary = build(tmp_path / "out", model_dir, prompt_file, *more)
+    assert summary["rows_by_source"] == {"gatt": 11, "gatt_single_turn": 4, "gatt_plain": 5}
+    longest = max(sum(m["role"] == "user" for m in messages) for messages in asked)
+    assert longest == (3 if context == "dialogue" else 1)
+
+
+def test_an_engine_setting_without_effect_is_refused(model_dir, prompt_file, tmp_path):
+    with pytest.raises(UserError, match="server_model: 'x' has no effect"):
+        build(tmp_path / "out", model_dir, prompt_file, "--server_model", "x")
 
 
 def dialogue(*turns: str, system: str = "") -> dict:

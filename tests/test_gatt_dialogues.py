@@ -11,7 +11,9 @@ from configs.sampling_settings import SamplingSettings
 from gatt.kinds import KINDS
 from gatt.synth import Draft, counts, plan_dialogues, synthesise
 from gatt.transform import with_instruction_everywhere
-from rlhf.dialogues import DialogueEngine, Increments, TurnEngine
+from rlhf.dialogues import ContextEngine, DialogueEngine, Increments
+from rlhf.engines import InProcess
+from rlhf.samples import SampleBatch
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
@@ -131,17 +133,18 @@ def test_a_full_context_ends_its_dialogue_only():
     assert engine.places == [1]
 
 
-def turn_engine(seed=0, **settings) -> TurnEngine:
-    return TurnEngine(
-        tiny_model(), load_chat_format(byte_tokenizer()), 3, SamplingSettings(max_new_tokens=6, **settings), 60, seed
-    )
-
-
-def test_turns_by_themselves_are_what_generate_says():
-    """Greedy, against transformers' generate on each prompt alone; the stop ids are those of the chat format."""
-    engine = turn_engine(temperature=0.0)
+def context_engine(seed=0, **settings) -> ContextEngine:
+    tokenizer = byte_tokenizer()
+    chat_format = load_chat_format(tokenizer)
     # An eighth of the vocabulary ends a reply, so some end and some are cut.
-    engine.chat_format.stop_ids = [2, *range(6, 38)]
+    chat_format.stop_ids = [2, *range(6, 38)]
+    engine = InProcess(tiny_model(), tokenizer, chat_format.stop_ids, 32_768)
+    return ContextEngine(engine, chat_format, SamplingSettings(max_new_tokens=6, **settings), 60, seed)
+
+
+def test_contexts_by_themselves_are_what_generate_says():
+    """Greedy, against transformers' generate on each prompt alone; the stop ids are those of the chat format."""
+    engine = context_engine(temperature=0.0)
     contexts = [[{"role": "user", "content": chr(97 + n) * (1 + n % 9)}] for n in range(20)]
     contexts.append([{"role": "system", "content": NAPOLEON.text}, {"role": "user", "content": "why"}])
     drafts = engine(list(range(21)), contexts)
@@ -149,7 +152,7 @@ def test_turns_by_themselves_are_what_generate_says():
     assert drafts[20].problem == "too_long"  # its instruction leaves no room in 60 tokens
     for context, draft in zip(contexts[:20], drafts, strict=False):
         prompt = torch.tensor([engine.chat_format.encode_prompt(context)])
-        ids = engine.model.generate(
+        ids = engine.engine.policy.generate(
             prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=6, pad_token_id=3,
             eos_token_id=engine.chat_format.stop_ids,
         )[0, prompt.shape[1] :].tolist()  # fmt: skip
@@ -159,7 +162,7 @@ def test_turns_by_themselves_are_what_generate_says():
 
 def test_a_turn_asked_again_is_drawn_again_and_a_seed_draws_the_same():
     contexts = [[{"role": "user", "content": "a"}]] * 4
-    engine, same, other = turn_engine(), turn_engine(), turn_engine(seed=1)
+    engine, same, other = context_engine(), context_engine(), context_engine(seed=1)
     first, second = engine([0, 1, 2, 3], contexts), engine([0, 1, 2, 3], contexts)
     assert first != second
     assert len({draft.text for draft in first}) > 1
@@ -167,9 +170,34 @@ def test_a_turn_asked_again_is_drawn_again_and_a_seed_draws_the_same():
     assert other([0, 1, 2, 3], contexts) != first
 
 
-def test_turns_refuse_stop_strings():
-    with pytest.raises(UserError, match="stop_strings: a reply of Ghost Attention ends at an end token"):
-        turn_engine(stop_strings=["x"])
+class Failing:
+    """An engine that fails on every third prompt and says what it was asked otherwise."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer = tokenizer
+        self.config = tiny_model().config
+
+    def sample(self, prompts, k, settings, seed=0):
+        texts = ["" if p % 3 == 0 else f"{prompt.messages[-1]['content']}STOPx" for p, prompt in enumerate(prompts)]
+        ids = [self.tokenizer.encode(text, add_special_tokens=False) for text in texts]
+        errors = dict.fromkeys(range(0, len(prompts), 3), "the server is away")
+        return SampleBatch(ids, [], [], ["stop"] * len(ids), [], k, exact_ids=False, errors=errors)
+
+
+def test_replies_that_an_engine_could_not_sample():
+    tokenizer = byte_tokenizer()
+    settings = SamplingSettings(max_new_tokens=6, stop_strings=["STOP"])
+    contexts = [[{"role": "user", "content": text}] for text in ("a", "b", "x" * 60, "c", "d")]
+    engine = ContextEngine(Failing(tokenizer), load_chat_format(tokenizer), settings, 60, 0, max_failed_share=0.5)
+    # The long one is not asked, so the third of those asked is the fourth.
+    assert engine([0, 1, 2, 3, 4], contexts) == [
+        Draft("", "failed"), Draft("b"), Draft("", "too_long"), Draft("c"), Draft("", "failed"),
+    ]  # fmt: skip
+    strict = ContextEngine(Failing(tokenizer), load_chat_format(tokenizer), settings, 60, 0, max_failed_share=0.4)
+    with pytest.raises(
+        UserError, match="2 of 4 replies .* max_failed_share: 0.4; the first, of dialogue 7: the server"
+    ):
+        strict([7, 1, 2, 3, 4], contexts)
 
 
 def test_contexts_that_do_not_follow_are_a_defect():

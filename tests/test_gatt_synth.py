@@ -61,7 +61,7 @@ def test_a_reply_that_fails_is_drawn_again_and_then_cuts_the_dialogue():
     assert cut.cut == "disobeyed"
     assert counts([saved, cut]) == {
         "planned": 2, "finished": 1, "empty": 0, "replies_kept": 4, "replies_sampled": 7, "turns_not_made": 2,
-        "cut_disobeyed": 1, "cut_unfinished": 0, "cut_too_long": 0,
+        "cut_disobeyed": 1, "cut_unfinished": 0, "cut_too_long": 0, "cut_failed": 0,
     }  # fmt: skip
     # turn 1: row 0's first draft failed, row 1's passed; turn 2: passed, failed; turn 3: passed
     assert obedience_by_turn([saved, cut]) == {"1": 0.5, "2": 0.5, "3": 1.0}
@@ -163,6 +163,18 @@ def test_room_that_ends_after_a_draft_leaves_the_drafts_to_choose_from():
     kept, cut = synthesise(plans, script, obeys, 3, lambda rows, contexts, texts, given: [[0.0] for _ in texts])
     assert ([m["content"] for m in kept.messages], kept.drafts, kept.cut) == (["a", "Napoleon"], 1, "")
     assert (cut.messages, cut.cut) == ([], "disobeyed")
+
+
+def test_a_draft_that_the_engine_failed_on_is_drawn_again():
+    plans = plan_dialogues([["a"]] * 3, [NAPOLEON] * 3, ["user"] * 3)
+    failed = Draft("", "failed")
+    script = Script([failed, "Napoleon"], [failed, failed], [failed, "no"])
+    kept, lost, disobeyed = synthesise(plans, script, obeys, max_candidates=2)
+    assert ([m["content"] for m in kept.messages], kept.drafts) == (["a", "Napoleon"], 1)
+    assert kept.first_draft_obeyed == [True]  # of what was sampled
+    assert (lost.cut, lost.drafts, lost.first_draft_obeyed) == ("failed", 0, [])
+    assert (disobeyed.cut, disobeyed.first_draft_obeyed) == ("disobeyed", [False])
+    assert counts([kept, lost, disobeyed])["cut_failed"] == 1
 
 
 def test_a_judge_that_leaves_a_reply_without_a_score_is_told():
