@@ -28,8 +28,8 @@ class UserTurnsSettings(EngineSettings, SamplingSettings):
         self.check_engine()
         if self.engine == "continuous_batching" and self.stop_strings:
             raise UserError("stop_strings: continuous batching ends at token ids only; use sampling_engine in_process")
-        if self.topics is not None and not any(topic.strip() for topic in self.topics):
-            raise UserError("topics: the list is empty; name at least one, or leave it out for the default ones")
+        if self.topics is not None and not (self.topics and all(topic.strip() for topic in self.topics)):
+            raise UserError("topics: the list or one of its entries is empty; leave it out for the default ones")
         least = {"turns_per_answer": 1, "samples_per_question": 1, "min_turn_words": 1, "max_turns": 0, "min_turns": 1}
         for name, smallest in (least | {"token_budget": 1}).items():
             if getattr(self, name) < smallest:

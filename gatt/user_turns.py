@@ -8,8 +8,7 @@ import re
 from collections.abc import Iterable, Sequence
 
 from gatt.instructions import parse_instruction
-from gatt.transform import SPECIAL_TAGS
-from gatt.value_lists import Line, is_introduction, without_marker
+from gatt.value_lists import Line, read_lines, without_marker
 
 TOPICS = (
     "cooking", "travel", "health and sport", "science", "history", "books and films", "music", "work", "school",
@@ -30,19 +29,12 @@ def read_turns(answer: str, finished: bool, min_words: int, max_words: int) -> l
     """Every line of an answer as a user turn, or with the reason why it is none; where the answer was cut at the token
     limit its last line is not used."""
     lines = [line.strip() for line in answer.splitlines() if line.strip()]
-    read = []
-    for number, line in enumerate(lines, 1):
-        turn = without_marker(line).strip(_QUOTES)
-        if not finished and number == len(lines):
-            reason = "was cut off"
-        elif any(tag in line for tag in SPECIAL_TAGS):
-            reason = "holds a special tag"
-        elif is_introduction(line):
-            reason = "is an introduction"
-        else:
-            reason = fault(turn, min_words, max_words)
-        read.append(Line(line, "" if reason else turn, reason))
-    return read
+    return read_lines(
+        lines,
+        finished,
+        lambda line: without_marker(line).strip(_QUOTES),
+        lambda turn: fault(turn, min_words, max_words),
+    )
 
 
 def fault(turn: str, min_words: int, max_words: int) -> str:

@@ -11,7 +11,7 @@ import random
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from configs.errors import UserError
@@ -120,25 +120,29 @@ def fault(kind: Kind, value: str, max_words: int) -> str:
     return ""
 
 
-def is_introduction(line: str) -> bool:
-    """A line that only says what follows: it ends with a colon and is no item of a list."""
-    return line.rstrip("* ").endswith(":") and not _MARKER.match(line)
-
-
 def read_answer(kind: Kind, answer: str, finished: bool, max_words: int) -> list[Line]:
     """Every line of an answer; where it was cut at the token limit its last line is not used."""
+    return read_lines(
+        split_lines(answer), finished, lambda line: tidy(kind, line), lambda value: fault(kind, value, max_words)
+    )
+
+
+def read_lines(
+    lines: Sequence[str], finished: bool, tidied: Callable[[str], str], fault_of: Callable[[str], str]
+) -> list[Line]:
+    """Each line as the value that `tidied` makes of it, or with the reason why it gives none: what `fault_of` says of
+    the value, or what holds for any list."""
     read = []
-    lines = split_lines(answer)
     for number, line in enumerate(lines, 1):
-        value = tidy(kind, line)
+        value = tidied(line)
         if not finished and number == len(lines):
             reason = "was cut off"
         elif any(tag in line for tag in SPECIAL_TAGS):
             reason = "holds a special tag"
-        elif is_introduction(line):
+        elif line.rstrip("* ").endswith(":") and not _MARKER.match(line):
             reason = "is an introduction"
         else:
-            reason = fault(kind, value, max_words)
+            reason = fault_of(value)
         read.append(Line(line, "" if reason else value, reason))
     return read
 

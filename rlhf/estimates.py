@@ -24,6 +24,25 @@ def share_with_interval(successes: float, n: int) -> tuple[float, tuple[float, f
     return successes / n, wilson(successes, n)
 
 
+def over_prompts(
+    values: Sequence[float | None], k: int, share: bool = False
+) -> tuple[float, tuple[float, float]] | None:
+    """Mean and 95 % interval of k values a prompt, in the order of the prompts; None where there are no values.
+
+    The k samples of a prompt are alike, so they count as one value, their mean: taken as k independent ones the
+    interval would be too narrow. A `share` (of 0 and 1) has Wilson's interval at the number of prompts. A value of
+    None does not apply and is left out.
+    """
+    prompts = [[value for value in values[i : i + k] if value is not None] for i in range(0, len(values), k)]
+    means = [math.fsum(each) / len(each) for each in prompts if each]
+    if not means:
+        return None
+    if share:
+        return share_with_interval(math.fsum(means), len(means))
+    mean, half = mean_with_interval(means)
+    return mean, (mean - half, mean + half)
+
+
 def paired_bootstrap(
     before: list[float], after: list[float], draws: int = 10_000, seed: int = 0
 ) -> tuple[float, tuple[float, float]]:

@@ -34,7 +34,7 @@ from configs.scoring_settings import Combination
 from reward.model import load_reward_model
 from reward.scorer import score_ids
 from rlhf.cli import entry, parse
-from rlhf.estimates import mean_with_interval, share_with_interval
+from rlhf.estimates import over_prompts
 from rlhf.models import load_policy, resolve_dtype
 from rlhf.run import RunFolder, numbers
 from rlhf.sampler import prompt_room, sample
@@ -91,26 +91,9 @@ def gold_scores(records: list[dict[str, Any]], texts: list[str]) -> dict[str, li
     }
 
 
-def figure(values: Sequence[float | None], k: int, share: bool = False) -> tuple[float, tuple[float, float]] | None:
-    """Mean and 95 % interval of k values a prompt, in the order of the prompts; None where there are no values.
-
-    The k samples of a prompt are alike, so they count as one value, their mean: taken as k independent ones the
-    interval would be too narrow. A `share` (of 0 and 1) has Wilson's interval at the number of prompts. A value of
-    None does not apply and is left out.
-    """
-    prompts = [[value for value in values[i : i + k] if value is not None] for i in range(0, len(values), k)]
-    means = [math.fsum(each) / len(each) for each in prompts if each]
-    if not means:
-        return None
-    if share:
-        return share_with_interval(math.fsum(means), len(means))
-    mean, half = mean_with_interval(means)
-    return mean, (mean - half, mean + half)
-
-
 def _add(summary: dict[str, Any], name: str, values: Sequence[float | None], k: int, share: bool = False) -> None:
     """Adds a figure and its interval [low, high] to a summary; nothing where there are no values."""
-    if (found := figure(values, k, share)) is not None:
+    if (found := over_prompts(values, k, share)) is not None:
         mean, interval = found
         summary[name] = round(mean, 4)
         summary["ci95"][name] = [round(x, 4) for x in interval]

@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from configs.chat import load_chat_format
 from configs.errors import UserError
 from configs.sampling_settings import SamplingSettings
-from rlhf.evaluate_policy import figure, gold_scores, main, response_logprobs
+from rlhf.estimates import over_prompts
+from rlhf.evaluate_policy import gold_scores, main, response_logprobs
 from rlhf.sampler import sample
 from rlhf.simulation.people import Mix, draw_prompts
 
@@ -107,20 +108,20 @@ def test_gold_scores_are_over_the_prompts_they_are_defined_on():
 
 def test_several_samples_of_a_prompt_count_as_one_value():
     # Prompt means 0.5, 1, 0.75: mean 0.75, standard deviation 0.25, so 1.96 * 0.25 / sqrt(3) on either side.
-    mean, (low, high) = figure([0.0, 1.0, 1.0, 1.0, 1.0, 0.5], 2)
+    mean, (low, high) = over_prompts([0.0, 1.0, 1.0, 1.0, 1.0, 0.5], 2)
     assert (mean, low, high) == pytest.approx((0.75, 0.4671, 1.0329), abs=1e-4)
     # One prompt asked three times tells no more than asked once; what does not apply is left out.
-    mean, (low, high) = figure([0.3, None, 0.5, None, None, None], 3)
+    mean, (low, high) = over_prompts([0.3, None, 0.5, None, None, None], 3)
     assert (mean, low, high) == pytest.approx((0.4, 0.4, 0.4))
-    assert figure([None, None], 2) is None
+    assert over_prompts([None, None], 2) is None
 
 
 def test_a_share_over_several_samples_has_wilsons_interval_at_the_number_of_prompts():
     # 3 of 8 samples, 4 prompts: p = 0.375, n = 4, z^2 = 3.8415; centre (p + z^2 / 2n) / (1 + z^2 / n) = 0.4362, half
     # width z sqrt(p (1 - p) / n + z^2 / 4n^2) / (1 + z^2 / n) = 0.3443.
-    mean, (low, high) = figure([1.0, 0.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0], 2, share=True)
+    mean, (low, high) = over_prompts([1.0, 0.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0], 2, share=True)
     assert (mean, low, high) == pytest.approx((0.375, 0.0919, 0.7806), abs=1e-4)
-    assert figure([0.0] * 8, 2, share=True)[1][1] == pytest.approx(3.8415 / 7.8415, abs=1e-3)  # z^2 / (n + z^2)
+    assert over_prompts([0.0] * 8, 2, share=True)[1][1] == pytest.approx(3.8415 / 7.8415, abs=1e-3)  # z^2 / (n + z^2)
 
 
 def test_every_figure_has_an_interval_around_it(run):

@@ -147,8 +147,8 @@ def test_an_untrained_model_through_the_real_engine_is_told(tmp_path):
 @pytest.mark.parametrize(
     ("more", "words"),
     [
-        ({"topics": []}, "topics: the list is empty"),
-        ({"topics": [" "]}, "topics: the list is empty"),
+        ({"topics": []}, "topics: the list or one of its entries is empty"),
+        ({"topics": ["work", " "]}, "topics: the list or one of its entries is empty"),
         ({"samples_per_question": 0}, "samples_per_question must be at least 1"),
         ({"min_turn_words": 5, "max_turn_words": 4}, "max_turn_words: 4 is less than min_turn_words: 5"),
         ({"max_turns": 5}, "max_turns: 5 is less than min_turns: 100"),
