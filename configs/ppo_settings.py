@@ -105,11 +105,12 @@ class PPOSettings(ScoringSettings):
     kl_horizon: int = field(
         default=10_000, metadata={"help": "Of kl_controller: adaptive: responses over which beta may move by 20 %."}
     )
-    center_scores: bool = field(
-        default=False,
+    center_scores: str = field(
+        default="none",
         metadata={
-            "help": "With the piecewise reward: take each reward model's mean over the first iteration's responses"
-            " from its scores. Models of pairs have no common zero: without it rewards first say which model decided."
+            "help": "What is taken from a score before whitening, as pairs give a model no zero, nor any prompt one."
+            " `model`: the deciding model's mean over the first iteration (piecewise reward); `prompt`: that, then the"
+            " mean of the prompt's other responses (responses_per_prompt above 1)."
         },
     )
     missing_eos_penalty: float = field(
@@ -190,12 +191,7 @@ class PPOSettings(ScoringSettings):
             raise UserError(f"eval_prompts: {self.eval_prompts}; give at least 1, or no eval_prompt_file")
         if self.save_best and not self.eval_prompt_file:
             raise UserError("save_best needs eval_prompt_file: without held-out prompts there is no best")
-        if self.center_scores and self.reward_combination != "piecewise":
-            raise UserError(f"center_scores is for reward_combination: piecewise, not {self.reward_combination}")
-        if self.center_scores and self.value_model == "path":
-            raise UserError(
-                "center_scores does not know where scores of value_model_path have their zero; use another value_model"
-            )
+        self._check_centering()
         self._check_sampling()
         self._check_kl()
         self._check_judge()
@@ -213,6 +209,25 @@ class PPOSettings(ScoringSettings):
         bfloat16 autocast rounds far from the sampler's float32; another engine has other kernels.
         """
         return self.recompute_logprobs or self.bf16 or self.sampling_engine != "in_process"
+
+    def _check_centering(self) -> None:
+        if self.center_scores not in ("none", "model", "prompt"):
+            raise UserError(f"center_scores: {self.center_scores!r} is none of `none`, `model` and `prompt`")
+        if self.center_scores == "model" and self.reward_combination != "piecewise":
+            raise UserError(f"center_scores: model is for reward_combination: piecewise, not {self.reward_combination}")
+        if self.center_scores == "model" and self.value_model == "path":
+            raise UserError(
+                "center_scores does not know where scores of value_model_path have their zero; use another value_model"
+            )
+        if self.center_scores == "prompt" and self.responses_per_prompt < 2:
+            raise UserError(
+                "center_scores: prompt compares a prompt's responses; set responses_per_prompt to 2 or more"
+            )
+        if self.center_scores == "prompt" and self.value_path:
+            raise UserError(
+                f"center_scores: prompt leaves nothing of a score that a value model from a reward model (value_model: "
+                f"{self.value_model}) starts out with; use `policy` or `trunk`"
+            )
 
     def _check_sampling(self) -> None:
         if self.sampling_engine == "server":

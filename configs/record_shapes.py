@@ -70,9 +70,15 @@ def _agrees(prompt: list[Message], messages: list[Message]) -> bool:
 
 
 def dialogue_row(raw: Row) -> Row:
-    """`messages`, prompt/completion, or instruction/input/output (Dolly's own names: context, response)."""
+    """`messages`, prompt/completion, instruction/input/output (Dolly's own names: context, response), or the chosen
+    response of a preference row to its prompt."""
     if raw.get("messages") is not None:
         row = raw | {"messages": _messages(raw["messages"], "messages")}
+    elif raw.get("chosen") is not None and raw.get("completion") is None:
+        pair = preference_row(raw)
+        row = _without(pair, "prompt", "chosen", "rejected", "rating", "margin", "safety") | {
+            "messages": [*pair["prompt"], *pair["chosen"]]
+        }
     elif raw.get("prompt") is not None:
         completion = required(raw, "completion")
         if isinstance(completion, str):

@@ -27,6 +27,13 @@ class SFTSettings:
     max_length: int = field(
         default=4096, metadata={"help": "Tokens of a (packed) row. Longer dialogues lose their oldest turns."}
     )
+    max_reply_tokens: int | None = field(
+        default=None,
+        metadata={
+            "help": "Dialogues whose last reply has more tokens are left out, and counted: a policy that is to answer"
+            " in so many must have seen answers that end. None: all lengths."
+        },
+    )
     packing: bool = field(default=True, metadata={"help": "Fill rows with several dialogues that cannot see another."})
     train_sampling_strategy: str = field(
         default="random", metadata={"help": "random, or group_by_length: unpacked rows of similar length together."}
@@ -63,5 +70,7 @@ class SFTSettings:
             )
         if self.train_sampling_strategy == "group_by_length" and self.packing:
             raise UserError("train_sampling_strategy: group_by_length is for packing: false; packed rows are full")
+        if self.max_reply_tokens is not None and self.max_reply_tokens < 1:
+            raise UserError(f"max_reply_tokens: {self.max_reply_tokens} leaves no reply")
         if self.max_length < 8:
             raise UserError(f"max_length: {self.max_length} tokens hold no dialogue")

@@ -48,6 +48,21 @@ def from_own_zeros(scores_B: Tensor, safety_decides_B: Tensor, helpfulness_zero:
     return scores_B - torch.where(safety_decides_B, safety_zero, helpfulness_zero)
 
 
+def from_prompt_mean(scores_B: Tensor, kept_B: Tensor, k: int) -> Tensor:
+    """Scores [B] less the mean score of the same prompt's other kept responses; k neighbours share a prompt.
+
+    The leave-one-out baseline (Kool et al. 2019; RLOO, Ahmadian et al. 2024): independent of the response itself, so
+    the policy gradient's mean is not moved. 0 where no other response is kept; `kept_B` is bool.
+    """
+    if k < 2 or len(scores_B) % k:
+        raise ValueError(f"{len(scores_B)} scores do not come {k} a prompt, k at least 2")
+    scores_PK, kept_PK = scores_B.double().view(-1, k), kept_B.view(-1, k)
+    counted_PK = torch.where(kept_PK, scores_PK, 0.0)
+    others_PK = kept_PK.sum(1, keepdim=True) - kept_PK.long()
+    mean_PK = (counted_PK.sum(1, keepdim=True) - counted_PK) / others_PK.clamp(min=1)
+    return torch.where(others_PK > 0, scores_PK - mean_PK, 0.0).flatten().to(scores_B.dtype)
+
+
 def combine(
     how: str,
     raw: Mapping[str, Tensor],

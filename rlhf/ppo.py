@@ -163,8 +163,9 @@ class Run:
     def centered(self, rollout: Rollout) -> Rollout:
         """With `center_scores`, its combined scores from the zero of the reward model that decided each: the model's
         mean over the first iteration's responses, which then stays. Which one decides is up to the scores as they are.
+        `prompt` needs it where both decide within one prompt; the prompt's own mean is taken off with the whitening.
         """
-        if not self.ppo.center_scores:
+        if self.ppo.center_scores == "none" or self.ppo.reward_combination != "piecewise":
             return rollout
         if self.state["zeros"] is None:
             columns = self.gathered(self.ppo.batch_size, rollout.raw["helpfulness"], rollout.raw["safety"])
@@ -183,7 +184,7 @@ class Run:
         if not len(scores):
             return rollout  # nothing is trained in this iteration either
         shift, scale = moments_of(scores, "score")
-        if self.ppo.center_scores:  # its head still reads the helpfulness model's scores as they are
+        if self.ppo.center_scores == "model":  # its head still reads the helpfulness model's scores as they are
             shift += self.state["zeros"][0]
         self.state["value_unit"] = [shift, scale]
         self.roles.value_shift, self.roles.value_scale = shift, scale

@@ -15,7 +15,7 @@ from torch import Tensor
 from configs.chat import ChatFormat
 from configs.ppo_settings import PPOSettings
 from configs.sampling_settings import SamplingSettings
-from reward.combine import whiten
+from reward.combine import from_prompt_mean, whiten
 from rlhf.advantages import gae, masked_whiten, moments, per_token_kl, place_rewards
 from rlhf.engines import sample_live
 from rlhf.roles import Role, Roles
@@ -201,10 +201,14 @@ def advantages_and_returns(
     """Eq. 4 for every response token: whitened score on the last one, minus beta * KL on each; then GAE. Both [B, R].
 
     Scores and advantages are whitened over the whole iteration, over all processes, without the responses that do not
-    take part. `kl_coef` is the current beta of an adaptive controller; None: that of the settings.
+    take part; with `center_scores: prompt` each score first loses its prompt's mean. `kl_coef` is the current beta of
+    an adaptive controller; None: that of the settings.
     """
     mask_BR, kept_BR = rollout.sequences.response_mask_BR, rollout.kept_mask_BR(ppo)
-    all_scores = accelerator.gather(rollout.scores_B.to(mask_BR.device))
+    scores_B = rollout.scores_B
+    if ppo.center_scores == "prompt":
+        scores_B = from_prompt_mean(scores_B, rollout.kept_B(ppo), ppo.responses_per_prompt)
+    all_scores = accelerator.gather(scores_B.to(mask_BR.device))
     all_kept = accelerator.gather(rollout.kept_B(ppo).to(mask_BR.device))
     white = torch.zeros_like(all_scores)
     if all_kept.any():

@@ -205,10 +205,13 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
         pairs = [split_by_prompt(rows, sft.eval_fraction, run_settings.seed) for rows in files]
         files, held_out = [train for train, _ in pairs], [row for _, out in pairs for row in out]
     train_rows = mix(files, sft.mix_weights, run_settings.seed)
-    examples, counts = encode_rows(train_rows, chat_format, sft.max_length)
-    held_out_examples, held_out_counts = encode_rows(held_out, chat_format, sft.max_length)
+    limits = (chat_format, sft.max_length, sft.max_reply_tokens)
+    (examples, counts), (held_out_examples, held_out_counts) = (encode_rows(r, *limits) for r in (train_rows, held_out))
     if not examples:
-        raise UserError(f"train_files: none of {len(train_rows)} dialogues fits max_length={sft.max_length} tokens")
+        limit = f"max_length={sft.max_length}"
+        if counts["long_reply"]:
+            limit += f" and max_reply_tokens={sft.max_reply_tokens}"
+        raise UserError(f"train_files: none of {len(train_rows)} dialogues fits {limit} tokens")
 
     checkpoint = last_checkpoint(run_settings)
     run = RunFolder(run_settings.output_dir, settings, "sft", int(checkpoint.rsplit("-", 1)[1]) if checkpoint else 0)
@@ -232,6 +235,7 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
         "train_tokens": sum(label != IGNORED for example in examples for label in example["labels"]),
         "shortened": counts["shortened"],
         "too_long": counts["too_long"] + held_out_counts["too_long"],
+        "long_reply": counts["long_reply"] + held_out_counts["long_reply"],
         "held_out_dialogues": len(held_out_examples),
         "seconds": output.metrics["train_runtime"],
     }

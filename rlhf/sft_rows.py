@@ -45,17 +45,27 @@ def encode_dialogue(row: dict[str, Any], chat_format: ChatFormat, max_length: in
 
 
 def encode_rows(
-    rows: Sequence[dict[str, Any]], chat_format: ChatFormat, max_length: int
+    rows: Sequence[dict[str, Any]], chat_format: ChatFormat, max_length: int, max_reply_tokens: int | None = None
 ) -> tuple[list[dict[str, list[int]]], Counter[str]]:
-    """All dialogues that fit, in order, and how many were whole, shortened or left out as too long."""
-    verdicts: Counter[str] = Counter(whole=0, shortened=0, too_long=0)
+    """All dialogues that fit, in order, and how many were whole, shortened, left out as too long or for a `long_reply`:
+    a last reply of more than `max_reply_tokens` tokens, the one that ends it included."""
+    verdicts: Counter[str] = Counter(whole=0, shortened=0, too_long=0, long_reply=0)
     examples = []
     for row in rows:
+        if max_reply_tokens is not None and last_reply_tokens(row["messages"], chat_format) > max_reply_tokens:
+            verdicts["long_reply"] += 1
+            continue
         example, verdict = encode_dialogue(row, chat_format, max_length)
         verdicts[verdict] += 1
         if verdict != "too_long":
             examples.append(example)
     return examples, verdicts
+
+
+def last_reply_tokens(messages: Sequence[dict[str, str]], chat_format: ChatFormat) -> int:
+    """Tokens that a model samples for the last reply, the one that ends it included."""
+    encoded = chat_format.encode_dialogue(messages)
+    return sum(encoded.response_mask[len(chat_format.encode_prompt(messages[:-1])) :])
 
 
 def mix(files: Sequence[Sequence[dict[str, Any]]], weights: Sequence[float] | None, seed: int) -> list[dict[str, Any]]:

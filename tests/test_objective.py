@@ -212,6 +212,31 @@ def test_the_check_values_of_whitened_rewards():
     assert returns[:4, 0].tolist() == pytest.approx(expected, abs=5e-5)
 
 
+def test_a_constant_for_each_prompt_changes_nothing_with_scores_centered_by_prompt():
+    """Pairs of one prompt determine a reward model up to such constants."""
+    settings = PPOSettings(center_scores="prompt", responses_per_prompt=2, value_model="trunk", kl_coef=0.1)
+    scores = torch.tensor([0.5, -1.0, 2.0, 2.5, 0.0, 3.0], dtype=torch.float64)
+    shifts = torch.tensor([4.0, 4.0, -7.0, -7.0, 0.5, 0.5], dtype=torch.float64)
+    lengths, accelerator = [2, 3, 1, 2, 4, 2], Accelerator(cpu=True)
+    one, two = (
+        advantages_and_returns(rollout_of(lengths, scores=s), settings, accelerator) for s in (scores, scores + shifts)
+    )
+    plain, shifted = (
+        advantages_and_returns(
+            rollout_of(lengths, scores=s), replace(settings, center_scores="none"), accelerator
+        )[0] for s in (scores, scores + shifts)
+    )  # fmt: skip
+    for a, b in zip(one, two, strict=True):
+        torch.testing.assert_close(a, b)
+    assert not torch.allclose(plain, shifted, atol=0.1)
+    # by hand, of two responses each: 1.5, -1.5; -0.5, 0.5; -3, 3; mean 0, variance (2.25 + 0.25 + 9) / 3
+    bare = replace(settings, kl_coef=0.0, gae_lambda=1.0, whiten_advantages=False)
+    _, returns = advantages_and_returns(rollout_of(lengths, scores=scores), bare, accelerator)
+    deviation = (11.5 / 3) ** 0.5
+    expected = [x / deviation for x in (1.5, -1.5, -0.5, 0.5, -3.0, 3.0)]
+    assert returns[:, 0].tolist() == pytest.approx(expected, abs=1e-6)
+
+
 def test_nothing_kept_gives_zeros_and_no_nan():
     rollout = rollout_of([2, 3], stopped=[False, False])
     settings = PPOSettings(truncated_responses="mask")
@@ -392,8 +417,14 @@ def test_uncapped_weights_turn_the_samplers_mean_into_the_trainers():
         ({"importance_cap": 0.5, "bf16": True}, "at least 1, or 0"),
         ({"importance_cap": float("nan"), "bf16": True}, "at least 1, or 0"),
         ({"importance_cap": 3.0}, "importance_cap has no effect"),
-        ({"center_scores": True, "reward_combination": "mean"}, "center_scores is for reward_combination: piecewise"),
-        ({"center_scores": True, "value_model": "path", "value_model_path": "x"}, "have their zero"),
+        ({"center_scores": "True"}, "none of `none`, `model` and `prompt`"),
+        ({"center_scores": "model", "reward_combination": "mean"}, "center_scores: model is for reward_combination"),
+        ({"center_scores": "model", "value_model": "path", "value_model_path": "x"}, "have their zero"),
+        ({"center_scores": "prompt"}, "responses_per_prompt to 2 or more"),
+        (
+            {"center_scores": "prompt", "responses_per_prompt": 4, "helpfulness_model_path": "x"},
+            "value_model: helpfulness.*use `policy` or `trunk`",
+        ),
         ({"sampling_engine": "server"}, "weights it has loaded"),
         ({"sampling_engine": "auto"}, "resumed run"),
         ({"sampling_engine": "vllm"}, "neither `in_process` nor `continuous_batching`"),

@@ -670,19 +670,38 @@ def test_centered_scores_do_not_depend_on_a_reward_models_zero(paths, tmp_path, 
         run_ppo(paths, tmp_path / folder, "--value_model", "policy", *extra, total=2)
         return final_weights(tmp_path / folder)
 
-    centered, plain = weights("centered", "--center_scores", "true"), weights("plain")
+    centered, plain = weights("centered", "--center_scores", "model"), weights("plain")
     state = json.loads((tmp_path / "centered" / "checkpoint-2" / "state.json").read_text())
     first = metrics(tmp_path / "centered")[1]  # row 0 is the held-out evaluation
     means = [first["reward/helpfulness"], first["reward/safety"]]
     assert state["zeros"] == pytest.approx(means, abs=1e-5)
     monkeypatch.setattr(roles_module.Roles, "scores", shifted)
-    assert torch.allclose(weights("centered_shifted", "--center_scores", "true"), centered, atol=1e-6)
+    assert torch.allclose(weights("centered_shifted", "--center_scores", "model"), centered, atol=1e-6)
+    assert not torch.allclose(weights("plain_shifted"), plain, atol=1e-3)
+
+
+def test_scores_centered_by_prompt_do_not_depend_on_a_prompts_zero(paths, tmp_path, monkeypatch):
+    real = roles_module.Roles.scores
+
+    def shifted(self, name, dialogues, *args):
+        """A constant for each prompt: those of a pair of neighbours, the same for both."""
+        scores = real(self, name, dialogues, *args)
+        return scores + torch.arange(len(scores)).div(2, rounding_mode="floor") * 2.0
+
+    def weights(folder, *extra):
+        run_ppo(paths, tmp_path / folder, "--value_model", "trunk", "--responses_per_prompt", "2",
+                "--safety_threshold", "0.0001", *extra, total=2)  # fmt: skip
+        return final_weights(tmp_path / folder)
+
+    centered, plain = weights("centered", "--center_scores", "prompt"), weights("plain")
+    monkeypatch.setattr(roles_module.Roles, "scores", shifted)
+    assert torch.allclose(weights("centered_shifted", "--center_scores", "prompt"), centered, atol=1e-6)
     assert not torch.allclose(weights("plain_shifted"), plain, atol=1e-3)
 
 
 def test_centered_values_start_from_the_helpfulness_models_own_zero(paths, tmp_path):
     """The value model's head reads raw helpfulness scores: their mean must become 0 on the whitened, centered scale."""
-    run_ppo(paths, tmp_path, "--center_scores", "true", "--save_steps", "1", total=1)
+    run_ppo(paths, tmp_path, "--center_scores", "model", "--save_steps", "1", total=1)
     state = json.loads((tmp_path / "checkpoint-1" / "state.json").read_text())
     shift, scale = state["value_unit"]
     row = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[1])

@@ -177,6 +177,11 @@ def test_files_share_a_reject_file_and_a_second_run_does_not_repeat_rows(tmp_pat
         ({"instruction": "u", "input": "", "output": "a"}, [user("u"), assistant("a")]),
         ({"instruction": "u", "input": "v", "output": "a"}, [user("u\n\nv"), assistant("a")]),
         ({"instruction": "u", "context": "v", "response": "a", "category": "qa"}, [user("u\n\nv"), assistant("a")]),
+        ({"prompt": "u", "chosen": "a", "rejected": "b", "rating": "better"}, [user("u"), assistant("a")]),
+        (
+            {"chosen": "\n\nHuman: u\n\nAssistant: a", "rejected": "\n\nHuman: u\n\nAssistant: b"},
+            [user("u"), assistant("a")],
+        ),
     ],
 )
 def test_every_dialogue_shape_has_one_normal_form(tmp_path, row, messages):
@@ -193,6 +198,8 @@ def test_every_dialogue_shape_has_one_normal_form(tmp_path, row, messages):
         ({"messages": "u"}, "wrong type"),
         ({"prompt": "u"}, "missing or empty field"),
         ({"instruction": "u", "output": " "}, "missing or empty field"),
+        ({"prompt": "u", "chosen": "a"}, "missing or empty field"),
+        ({"prompt": "u", "chosen": "a", "rejected": "a"}, "chosen equals rejected"),
         ({"instruction": "u", "input": 3, "output": "a"}, "wrong type"),
         ({"messages": [user("u"), assistant("a")], "train_on": "first"}, "wrong type"),
         ({"messages": [user("u [INST]"), assistant("a")]}, "special tag"),

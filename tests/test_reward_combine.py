@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from reward.combine import combine, combined_reward, from_own_zeros, whiten
+from reward.combine import combine, combined_reward, from_own_zeros, from_prompt_mean, whiten
 from reward.ensemble import Ensemble
 
 
@@ -23,6 +23,25 @@ def test_each_branch_of_the_rule():
 def test_scores_are_measured_from_the_zero_of_the_model_that_decided():
     found = from_own_zeros(torch.tensor([2.0, -1.0, 0.5]), torch.tensor([True, False, False]), -1.5, 1.25)
     torch.testing.assert_close(found, torch.tensor([0.75, 0.5, 2.0]))
+
+
+def test_scores_are_measured_from_the_mean_of_the_prompts_other_responses():
+    scores = torch.tensor([1.0, 2.0, 6.0, -3.0, 100.0, -5.0])
+    everything = torch.ones(6, dtype=torch.bool)
+    # by hand: 1 - (2 + 6) / 2, 2 - (1 + 6) / 2, 6 - (1 + 2) / 2,
+    # -3 - (100 - 5) / 2, 100 + (3 + 5) / 2, -5 - (100 - 3) / 2
+    expected = torch.tensor([-3.0, -1.5, 4.5, -50.5, 104.0, -53.5])
+    torch.testing.assert_close(from_prompt_mean(scores, everything, 3), expected)
+    # one that is left out is no baseline, even where it is no number; its own result does not matter
+    scores[4], kept = float("nan"), torch.tensor([True, True, True, True, False, True])
+    found = from_prompt_mean(scores, kept, 3)
+    torch.testing.assert_close(found[[0, 1, 2, 3, 5]], torch.tensor([-3.0, -1.5, 4.5, 2.0, -2.0]))
+    # the only one kept has nothing to be compared with
+    assert from_prompt_mean(torch.tensor([7.0, 1.0]), torch.tensor([True, False]), 2)[0] == 0.0
+    with pytest.raises(ValueError, match="do not come 4 a prompt"):
+        from_prompt_mean(scores, kept, 4)
+    with pytest.raises(ValueError, match="at least 2"):
+        from_prompt_mean(scores, kept, 1)
 
 
 def test_raw_scores_survive_where_a_sigmoid_would_saturate():

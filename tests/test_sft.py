@@ -55,6 +55,17 @@ def test_all_replies_are_trained_or_only_the_last(chat_format):
     assert "the cat" not in trained_text(every)
 
 
+def test_dialogues_with_a_long_last_reply_are_left_out(chat_format):
+    long_before, short = turns("the cat", "a dog the cat a dog", "red", "blue"), turns("red", "a dog")
+    rows = [{"messages": long_before}, {"messages": short}]
+    # in Llama 2's format a reply is " blue </s>"; what was replied before it does not count
+    tokens = [len(tiny_tokenizer().encode(text, add_special_tokens=False)) + 1 for text in (" blue ", " a dog ")]
+    assert [sft_rows.last_reply_tokens(row["messages"], chat_format) for row in rows] == tokens
+    examples, counts = sft_rows.encode_rows(rows, chat_format, 400, min(tokens))
+    assert (len(examples), counts["long_reply"], counts["too_long"]) == (1, 1, 0)
+    assert sft_rows.encode_rows(rows, chat_format, 400, max(tokens))[1]["whole"] == 2
+
+
 def test_long_dialogues_lose_their_oldest_turns_and_keep_the_system_message(chat_format):
     messages = turns("the cat", "a dog", "red", "blue house", "tree", "small", system="large")
     whole = len(chat_format.encode_dialogue(messages).input_ids)
@@ -68,7 +79,7 @@ def test_long_dialogues_lose_their_oldest_turns_and_keep_the_system_message(chat
     rows = [{"messages": turns("the cat " * 50, "a")}, {"messages": messages}]
     examples, counts = sft_rows.encode_rows(rows, chat_format, whole - 1)
     assert len(examples) == 1
-    assert counts == {"whole": 0, "shortened": 1, "too_long": 1}
+    assert counts == {"whole": 0, "shortened": 1, "too_long": 1, "long_reply": 0}
 
 
 def test_a_ghost_attention_row_never_loses_the_turn_that_holds_its_instruction(chat_format, tmp_path):
@@ -251,5 +262,9 @@ def test_a_killed_run_continues_to_the_same_weights(folder, data, tmp_path, monk
 def test_user_mistakes(folder, data, tmp_path):
     with pytest.raises(UserError, match="max_length=8"):
         run_sft(folder, data, tmp_path / "a", "--max_length", "8")
+    with pytest.raises(UserError, match="max_length=4096 and max_reply_tokens=1 tokens"):
+        run_sft(folder, data, tmp_path / "c", "--max_length", "4096", "--max_reply_tokens", "1")
+    with pytest.raises(UserError, match="max_reply_tokens: 0 leaves no reply"):
+        run_sft(folder, data, tmp_path / "d", "--max_reply_tokens", "0")
     with pytest.raises(UserError, match="mix_weights has 2 numbers for 1"):
         run_sft(folder, data, tmp_path / "b", "--mix_weights", "1", "2")
