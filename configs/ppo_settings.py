@@ -74,7 +74,9 @@ class PPOSettings(ScoringSettings):
     gradient_checkpointing: bool = field(default=False, metadata={"help": "Recompute activations: less memory."})
     bf16: bool = field(
         default=False,
-        metadata={"help": "Autocast to bfloat16 outside sampling, weights as they are; recomputes old log-probs."},
+        metadata={
+            "help": "Autocast to bfloat16, weights as they are (sampling on a CPU only); recomputes old log-probs."
+        },
     )
     recompute_logprobs: bool = field(
         default=False,

@@ -17,6 +17,7 @@ SMALLEST = 1e-12  # for numbers that must be above 0
 BELOW_ONE = 1 - 1e-12
 BOUNDS: dict[str, tuple[float, float]] = {
     "mix_rows": (1, math.inf),
+    "mismatched_share": (0, math.inf),
     "max_length": (1, math.inf),
     "max_reject_share": (0, 1),
     "safety_loss_weight": (0, math.inf),
@@ -60,6 +61,13 @@ class RewardSettings:
         metadata={
             "help": "Training pairs in all; a file that has fewer than its share is gone through again. None: as many "
             "as mix_weights allow without repeats."
+        },
+    )
+    mismatched_share: float = field(
+        default=0.0,
+        metadata={
+            "help": "Pairs to add for each training pair: the chosen response before one chosen for another, similar"
+            " prompt. Samples of one policy hardly ever miss the question: pairs of them do not teach that it is bad."
         },
     )
     deduplicate: bool = field(

@@ -4,12 +4,16 @@ No row is drawn a second time before every row of its source has been drawn once
 """
 
 import random
+import re
 from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any
 
 from configs.errors import UserError
-from configs.records import first_user_turn
+from configs.records import canonical_prompt, first_user_turn
+
+Row = dict[str, Any]
+CANDIDATES = 32  # prompts among which the most similar one lends its answer
 
 
 def mix_sizes(available: Sequence[int], weights: Sequence[float] | None, total: int | None = None) -> list[int]:
@@ -51,6 +55,41 @@ def mix(sources: Sequence[Sequence[Any]], sizes: Sequence[int], seed: int) -> li
     rng.shuffle(drawn)
     in_turn = [iter(sorted((d for d in drawn if d[0] == n), key=lambda d: d[1])) for n in range(len(sources))]
     return [next(in_turn[number])[2] for number, _, _ in drawn]
+
+
+def mismatched_pairs(rows: Sequence[Row], share: float, seed: int) -> list[Row]:
+    """round(share * len(rows)) preference rows that prefer an answer to the question over one to another question.
+
+    Each takes prompt and chosen response of a row (all rows once before any twice); its rejected response is the chosen
+    one of another prompt: of CANDIDATES drawn, the one whose last user turn has the most words in common, relative to
+    all words of both (Jaccard). Rated `significantly_better` where the row has a rating; no margin, no safety
+    label, source `mismatched`. Fewer rows come out where other prompts have no other response.
+    """
+    rng = random.Random(f"mismatched {seed}")
+    prompts = [canonical_prompt(row) for row in rows]
+    words = [frozenset(re.findall(r"\w+", row["prompt"][-1]["content"].lower())) for row in rows]
+    count, made = round(share * len(rows)), []
+    for place in mix([range(len(rows))], [count], rng.randrange(2**32)):
+        row, answer = rows[place], rows[place]["chosen"][0]["content"]
+        others = [
+            other for other in rng.sample(range(len(rows)), min(CANDIDATES, len(rows)))
+            if prompts[other] != prompts[place] and rows[other]["chosen"][0]["content"].strip() != answer.strip()
+        ]  # fmt: skip
+        if not others:
+            continue
+        nearest = max(others, key=lambda o: len(words[o] & words[place]) / max(1, len(words[o] | words[place])))
+        labels = {"rating": "significantly_better" if row.get("rating") else None, "margin": None, "safety": None}
+        made.append({"prompt": row["prompt"], "chosen": row["chosen"], "rejected": rows[nearest]["chosen"], **labels,
+                     "source": "mismatched"})  # fmt: skip
+    return made
+
+
+def interleaved(rows: Sequence[Row], more: Sequence[Row], seed: int) -> list[Row]:
+    """Both together, `more` at seeded random places, each in its own order."""
+    places = [False] * len(rows) + [True] * len(more)
+    random.Random(f"interleaved {seed}").shuffle(places)
+    sources = iter(rows), iter(more)
+    return [next(sources[place]) for place in places]
 
 
 def nested_subsets(

@@ -16,7 +16,7 @@ from configs.chat import ChatFormat
 from configs.errors import UserError
 from configs.records import SHOWN_ISSUES, read_preferences, split_by_prompt, write_jsonl
 from configs.reward_settings import RewardSettings
-from reward.mixing import mix, mix_sizes
+from reward.mixing import interleaved, mismatched_pairs, mix, mix_sizes
 from reward.screening import Place, find_contradictions, find_duplicates, find_leaks
 
 logger = logging.getLogger(__name__)
@@ -29,6 +29,7 @@ HALVES = "halves of the prompts"  # the seed of that split: of every run alike, 
 @dataclass(frozen=True)
 class RewardInputs:
     """What training starts from. `report` has one entry a train file (`share` of all drawn; all else counts of pairs).
+    `mismatched` counts the pairs of `mismatched_share`, which are in no entry.
 
     read = held_out + other_half + leaked + duplicates + available where both are dropped, as is the default; drawn =
     trained on, of which `repeats` are second or later uses. `near_leaks` and `contradictions` are counted only.
@@ -37,6 +38,7 @@ class RewardInputs:
     train_rows: list[Row]
     test_rows: list[Row]
     report: list[dict[str, Any]]
+    mismatched: int = 0
 
 
 @dataclass(frozen=True)
@@ -132,7 +134,9 @@ def read_inputs(settings: RewardSettings, chat_format: ChatFormat, seed: int, fo
     ]
     if folder is not None:
         Console().print(_table(report))
-    return RewardInputs(mix(kept, sizes, seed), test_rows, report)
+    drawn = mix(kept, sizes, seed)
+    mismatched = mismatched_pairs(drawn, settings.mismatched_share, seed)
+    return RewardInputs(interleaved(drawn, mismatched, seed), test_rows, report, len(mismatched))
 
 
 def _count(places: Collection[Place], source: int) -> int:

@@ -109,10 +109,12 @@ class Roles:
         """V before each response token, [N] float32, with gradient."""
         return self._values(self._hidden(self.value, sequences, rows)[0])
 
-    def logprobs_and_values(self, sequences: Sequences, rows: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+    def logprobs_and_values(
+        self, sequences: Sequences, rows: Sequence[int], entropy: bool = True
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
         """log pi, its entropy and V, [N] each, out of one pass: for `one_trunk`."""
         hidden_ND, targets_N = self._hidden(self.policy, sequences, rows)
-        logprobs_N, entropy_N = self._logprobs(self.policy, hidden_ND, targets_N, True)
+        logprobs_N, entropy_N = self._logprobs(self.policy, hidden_ND, targets_N, entropy)
         return logprobs_N, entropy_N, self._values(hidden_ND)
 
     def scores(self, name: str, id_lists: Sequence[Sequence[int]], token_budget: int, k: int = 1) -> Tensor:

@@ -18,6 +18,7 @@ from configs.sampling_settings import SamplingSettings
 from reward.combine import from_prompt_mean, whiten
 from rlhf.advantages import gae, masked_whiten, moments, per_token_kl, place_rewards
 from rlhf.engines import sample_live
+from rlhf.hardware import mixed_precision
 from rlhf.roles import Role, Roles
 from rlhf.samples import Prompt, require_exact_ids
 from rlhf.scoring import Scoring
@@ -81,8 +82,10 @@ def collect(
     """
     begin = time.perf_counter()
     settings = SamplingSettings(temperature=ppo.temperature, top_p=1.0, top_k=0, max_new_tokens=ppo.max_new_tokens)
+    # Not on a GPU: CUDA graphs would hold casts that autocast drops, and the weights are bfloat16 there as it is.
+    autocast = ppo.bf16 and torch.device(device).type == "cpu"
     with roles.base_gathered():
-        with roles.policy.whole() as policy:
+        with roles.policy.whole() as policy, mixed_precision(autocast, "cpu"):
             batch = require_exact_ids(
                 sample_live(
                     ppo.sampling_engine,
@@ -167,9 +170,11 @@ def _completed(
     sequences = Sequences.build([p.ids for p in prompts], responses, device, k, roles.take_trees)
     micro_batches = sequences.micro_batches(range(len(prompts)), ppo.token_budget)
 
-    def over(role: Role, function: Callable[[Sequence[int]], Tensor]) -> Tensor:
+    def over(role: Role, function: Callable[[Sequence[int]], tuple[Tensor, ...]]) -> list[Tensor]:
         with role.whole():
-            return sequences.scatter([(rows, function(rows)) for rows in micro_batches])
+            parts = [(rows, function(rows)) for rows in micro_batches]
+        return [sequences.scatter([(rows, x) for (rows, _), x in zip(parts, column, strict=True)])
+                for column in zip(*(results for _, results in parts), strict=True)]  # fmt: skip
 
     sampler_BR = None
     if logprobs is not None:
@@ -177,16 +182,20 @@ def _completed(
         sampler_BR[sequences.response_mask_BR] = torch.cat(
             [torch.as_tensor(row, dtype=torch.float32) for row in logprobs]
         ).to(device)
-    if sampler_BR is None or recompute:
-        logprobs_BR = over(roles.policy, lambda rows: roles.policy_logprobs(sequences, rows)[0])
-    else:
+    values_BR = None if with_values else torch.zeros(sequences.response_mask_BR.shape, device=device)
+    if sampler_BR is not None and not recompute:
         logprobs_BR, sampler_BR = sampler_BR, None
+    elif roles.one_trunk and with_values:
+        logprobs_BR, values_BR = over(
+            roles.policy, lambda rows: roles.logprobs_and_values(sequences, rows, entropy=False)[::2]
+        )
+    else:
+        (logprobs_BR,) = over(roles.policy, lambda rows: roles.policy_logprobs(sequences, rows)[:1])
     clock["recompute"] = time.perf_counter()
-    reference_logprobs_BR = over(roles.reference, lambda rows: roles.reference_logprobs(sequences, rows))
+    (reference_logprobs_BR,) = over(roles.reference, lambda rows: (roles.reference_logprobs(sequences, rows),))
     clock["reference"] = time.perf_counter()
-    values_BR = torch.zeros_like(logprobs_BR)
-    if with_values:
-        values_BR = over(roles.value, lambda rows: roles.values(sequences, rows))
+    if values_BR is None:
+        (values_BR,) = over(roles.value, lambda rows: (roles.values(sequences, rows),))
     clock["value"] = time.perf_counter()
     seconds = {after: clock[after] - clock[before] for before, after in pairwise(clock)}
     return Rollout(

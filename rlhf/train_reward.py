@@ -146,6 +146,7 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
         "train_pairs": counts["pairs"],
         "train_by_source": dict(sorted(Counter(str(pair.row.get("source")) for pair in train_pairs).items())),
         "mix": inputs.report,
+        "mismatched": inputs.mismatched,
         "unrated": counts["unrated"],
         "shortened": counts["shortened"],
         "too_long": counts["refused"],

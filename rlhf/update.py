@@ -177,6 +177,7 @@ def _backward(
             sums[name] += weight * value
         sums["policy_loss"] += weight * policy_loss.detach()
         sums["value_loss"] += weight * value_loss.detach()
+        assert entropy_N is not None  # both were asked for it
         sums["entropy"] += weight * entropy_N.sum()
         sums["tokens"] += weight * len(old_N)
     return sums

@@ -317,9 +317,10 @@ def test_every_stage_of_the_demo_runs_under_accelerate_launch(tmp_path):
 
 SMALLEST = {
     "num_prompts": 8, "num_validation": 2, "num_evaluation": 4, "max_prompt_tokens": 200, "max_new_tokens": 24,
-    "reward_rows": 8, "reward_test_fraction": 0.3, "reward_max_length": 400, "best_of_prompts": 4, "best_of": 2,
-    "ppo_iterations": 2, "ppo_batch": 4, "ppo_mini_batch": 2, "ppo_eval_steps": 1, "gatt_dialogues": 16,
-    "gatt_max_turns": 2, "gatt_test_dialogues": 2, "gatt_test_turns": 2, "bf16": "false",
+    "sft_max_length": 400, "reward_rows": 8, "reward_test_fraction": 0.3, "reward_max_length": 400,
+    "best_of_prompts": 4, "best_of": 2, "ppo_iterations": 2, "ppo_batch": 4, "ppo_mini_batch": 2,
+    "ppo_responses_per_prompt": 2, "ppo_eval_steps": 1, "gatt_dialogues": 16, "gatt_max_turns": 2,
+    "gatt_test_dialogues": 2, "gatt_test_turns": 2, "bf16": "false",
 }  # fmt: skip
 
 

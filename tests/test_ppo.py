@@ -170,6 +170,24 @@ def test_the_samplers_own_logprobs_need_no_second_pass(paths, monkeypatch):
     assert roll(roles, settings).sampler_logprobs_BR is None
 
 
+def test_values_of_one_trunk_come_out_of_the_pass_that_recomputes_log_probs(paths, monkeypatch):
+    settings = settings_for(paths, value_model="trunk", recompute_logprobs=True)
+    roles = load(paths, settings)
+    with torch.no_grad():  # a head of zeros would hide what it reads
+        roles.value.model.score.weight.copy_(torch.randn(roles.value.model.score.weight.shape))
+    rollout = roll(roles, settings)
+    sequences, rows = rollout.sequences, range(len(rollout.prompts))
+    with torch.no_grad():
+        alone = [sequences.scatter([(rows, x)]) for x in (
+            roles.policy_logprobs(sequences, rows)[0], roles.values(sequences, rows))]  # fmt: skip
+    torch.testing.assert_close(rollout.logprobs_BR, alone[0], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(rollout.values_BR, alone[1], atol=1e-5, rtol=1e-5)
+    assert rollout.values_BR.std() > 0.01
+    monkeypatch.setattr(roles, "values", None)
+    monkeypatch.setattr(roles, "policy_logprobs", None)
+    assert torch.equal(roll(roles, settings).values_BR, rollout.values_BR)
+
+
 def one_update(paths, settings, change=lambda rollout: rollout):
     """Roll, change, update; weights before and after, figures, and what went in."""
     roles, accelerator = load(paths, settings), Accelerator(cpu=True)

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from configs.errors import UserError
-from reward.mixing import mix, mix_sizes
+from reward.mixing import interleaved, mismatched_pairs, mix, mix_sizes
 from reward.screening import find_contradictions, find_duplicates, find_leaks
 
 
@@ -126,3 +126,57 @@ def test_the_speaker_is_part_of_a_prompt():
     told = pair([]) | {"prompt": [turn("system", "b"), turn("user", "a")]}
     assert find_leaks([[told]], [pair(["a"]), pair(["b", "a"])]).same == {}
     assert find_leaks([[told]], [told]).same == {(0, 0): 0}
+
+
+def preference(question: str, answer: str, rating: str | None = "slightly_better"):
+    prompt = [{"role": "user", "content": question}]
+    sides = ([{"role": "assistant", "content": text}] for text in (answer, f"not {answer}"))
+    return {"prompt": prompt, **dict(zip(("chosen", "rejected"), sides, strict=True)), "rating": rating, "margin": 0.5,
+            "safety": "both_safe", "source": "mine"}  # fmt: skip
+
+
+def test_a_mismatched_pair_prefers_the_answer_to_the_question_over_one_to_the_most_similar_other():
+    rows = [
+        preference("Where does a tiger live?", "In the woods.", None),
+        preference("Where does a swan live?", "On a lake."),
+        preference("How tall is a house?", "Ten metres."),
+        preference("where does a TIGER live", "In Asia."),  # the first prompt but for case and marks: no other question
+    ]
+    made = {row["chosen"][0]["content"]: row for row in mismatched_pairs(rows, 1.0, seed=0)}
+    lent = {answer: row["rejected"][0]["content"] for answer, row in made.items()}
+    assert lent["In the woods."] == "On a lake."
+    assert lent["In Asia."] == "On a lake."
+    assert lent["On a lake."] in ("In the woods.", "In Asia.")
+    assert made["On a lake."]["rating"] == "significantly_better"
+    assert made["In the woods."]["rating"] is None  # pairs without ratings have no margin
+    assert {row["source"] for row in made.values()} == {"mismatched"}
+    assert {(row["margin"], row["safety"]) for row in made.values()} == {(None, None)}
+    assert mismatched_pairs(rows, 0.0, seed=0) == []
+    assert mismatched_pairs([rows[0], rows[3]], 1.0, seed=0) == []  # one question: there is no other answer
+
+
+@given(st.integers(2, 60), st.floats(0.0, 2.5), st.integers(0, 9))
+def test_mismatched_pairs_use_every_row_evenly_and_change_none(count, share, seed):
+    rows = [preference(f"question {i} of {i % 7}", f"answer {i}") for i in range(count)]
+    before = repr(rows)
+    made = mismatched_pairs(rows, share, seed)
+    assert repr(rows) == before
+    assert made == mismatched_pairs(rows, share, seed)
+    assert len(made) <= round(share * count)
+    if count > 2 * 32:  # never all candidates are the row itself
+        assert len(made) == round(share * count)
+    uses = Counter(row["chosen"][0]["content"] for row in made)
+    assert not uses or max(uses.values()) <= -(-round(share * count) // count)
+    answer_of = {row["prompt"][0]["content"]: row["chosen"][0]["content"] for row in rows}
+    for row in made:
+        assert answer_of[row["prompt"][0]["content"]] == row["chosen"][0]["content"] != row["rejected"][0]["content"]
+        assert row["rejected"][0]["content"] in answer_of.values()
+
+
+def test_interleaved_keeps_both_orders_and_nothing_else_moves_without_more():
+    rows, more = [{"n": i} for i in range(20)], [{"n": 100 + i} for i in range(5)]
+    both = [row["n"] for row in interleaved(rows, more, seed=3)]
+    assert [n for n in both if n < 100] == list(range(20))
+    assert [n for n in both if n >= 100] == list(range(100, 105))
+    assert both[-5:] != list(range(100, 105))
+    assert interleaved(rows, [], seed=3) == rows

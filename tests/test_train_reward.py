@@ -416,6 +416,13 @@ def test_without_test_files_prompts_are_held_out_and_shares_are_kept(chat_model,
     assert entry["share"] + other["share"] == pytest.approx(1)
 
 
+def test_answers_to_another_question_can_be_added(chat_model, files, tmp_path):
+    summary = main(arguments(chat_model, files, tmp_path, "--max_steps", 1, "--mismatched_share", 0.5))
+    drawn = sum(entry["drawn"] for entry in summary["mix"])
+    assert summary["mismatched"] == summary["train_by_source"]["mismatched"] == round(drawn / 2) > 0
+    assert summary["train_pairs"] == drawn + summary["mismatched"]
+
+
 @pytest.fixture
 def untidy(files, tmp_path):
     """Two training files with duplicates, leaks and a contradiction; the test file asks questions 100 to 115."""
