@@ -735,10 +735,14 @@ def test_bf16_rounds_hidden_states_and_little_else(paths):
     plain, mixed = load(paths, settings), load(paths, replace(settings, bf16=True))
     assert mixed.policy.model.config._attn_implementation == FLOAT_ATTENTION
     one, two = roll(plain, settings), roll(mixed, replace(settings, bf16=True))
-    assert one.responses == two.responses  # sampling is left alone
-    tensors = [(getattr(one, name), getattr(two, name)) for name in ("logprobs_BR", "reference_logprobs_BR",
-                                                                     "values_BR")]  # fmt: skip
-    for a, b in [*tensors, *zip(one.raw.values(), two.raw.values(), strict=True)]:
+    same = rollout_from(mixed, one.prompts, one.responses, one.scores_B, replace(settings, bf16=True), "cpu")
+    pairs = [
+        (getattr(one, name), getattr(same, name)) for name in ("logprobs_BR", "reference_logprobs_BR", "values_BR")
+    ]
+    dialogues = [prompt.ids + response for prompt, response in zip(one.prompts, one.responses, strict=True)]
+    pairs += [(raw_B, mixed.scores(name, dialogues, 768)) for name, raw_B in one.raw.items()]
+    pairs += [(two.sampler_logprobs_BR, two.logprobs_BR)]  # sampling, too
+    for a, b in pairs:
         assert b.dtype == torch.float32
         assert 0 < (a - b).abs().max() < 0.05  # bfloat16 keeps 8 bits: 2**-8 of numbers of order one, a few times over
     advantages, returns = advantages_and_returns(two, settings, Accelerator(cpu=True))
