@@ -1,12 +1,14 @@
 """Gold reward against KL on the simulated world: PPO, rejection sampling and both, with the same number of samples.
 
     python benchmarks/ppo_outcome.py [--seeds 0 1 2] [--kl_coefs 0 0.05 0.15 0.5] [--samples 5632]
+    python benchmarks/ppo_outcome.py --ways ppo --kl_coefs 0 --judge_mismatched 0.3   # what the judge learns from
 
 For each seed: world, SFT, reward models and judges as in configs/demo.yaml; then from the SFT model, with `--samples`
 responses each, (a) rejection sampling alone, (b) PPO alone for every beta, (c) rejection sampling with half of them and
-PPO with the other half, at the demo's beta. PPO runs to its end whatever the judge says; the table shows the gold
-reward where the judge would have stopped it and at the end: where the second is lower, the reward model was
-over-optimised and the judge caught it.
+PPO with the other half, at the demo's beta; `--ways` names fewer. PPO runs to its end whatever the judge says; the table
+shows the gold reward where the judge would have stopped it and at the end: where the second is lower, the reward model
+was over-optimised and the judge caught it. `--reward_mismatched` and `--judge_mismatched` add answers to other
+questions (`mismatched_share`) to what the helpfulness model and its judge learn from.
 
 Gold is the mean true score over evaluation prompts (helpfulness, safety on risky prompts); KL is to the SFT model, in
 nats a response. A finished stage is not run again. `--plot PATH.png` draws true helpfulness, the judge's and the reward
@@ -37,13 +39,14 @@ from rlhf.plots import COLOURS, STYLE, to_png  # noqa: E402
 Row = dict[str, Any]
 SHARED = ("world", "sft", "collect", "collect_2", "reward_helpfulness", "reward_safety", "judge_helpfulness",
           "judge_safety")  # fmt: skip
+WAYS = ("rejection", "ppo", "both")
 K = 8  # samples a prompt of rejection sampling
 BATCH = 128  # of PPO
 PANELS = {"helpfulness": "true helpfulness", "judge": "the judge's score", "proxy": "the reward models' score"}
 
 
-def stages_of(kl_coefs: list[float], samples: int) -> list[Row]:
-    """The pipeline of one seed."""
+def stages_of(kl_coefs: list[float], samples: int, ways: list[str], mismatched: dict[str, float]) -> list[Row]:
+    """The pipeline of one seed; `mismatched` has the share of answers to other questions by stage."""
     demo = {stage["name"]: stage for stage in yaml.safe_load((ROOT / "configs/demo.yaml").read_text())["stages"]}
 
     def stage(name: str, like: str, needs: list[str], **settings: Any) -> Row:
@@ -72,11 +75,16 @@ def stages_of(kl_coefs: list[float], samples: int) -> list[Row]:
         ]  # fmt: skip
 
     shared = [demo[name] | {"threads": 1} for name in SHARED]
+    for name, share in mismatched.items():
+        demo[name]["settings"]["mismatched_share"] = share
     shared += [stage("evaluate_sft", "evaluate_sft", ["sft"])]
-    alone = [row for beta in kl_coefs for row in ppo(name_of(beta), "sft", beta, samples // BATCH)]
-    both = ppo("both", "rejection_half", demo["ppo"]["settings"]["kl_coef"], samples // 2 // BATCH)
-    return [*shared, *best_of_k("rejection", samples // K), *best_of_k("rejection_half", samples // 2 // K), *both,
-            *alone]  # fmt: skip
+    found = {
+        "rejection": best_of_k("rejection", samples // K),
+        "both": [*best_of_k("rejection_half", samples // 2 // K),
+                 *ppo("both", "rejection_half", demo["ppo"]["settings"]["kl_coef"], samples // 2 // BATCH)],
+        "ppo": [row for beta in kl_coefs for row in ppo(name_of(beta), "sft", beta, samples // BATCH)],
+    }  # fmt: skip
+    return [*shared, *(row for way, rows in found.items() if way in ways for row in rows)]
 
 
 def name_of(kl_coef: float) -> str:
@@ -104,9 +112,10 @@ def curve(folder: Path) -> list[Row]:
             for line in lines if "eval/objective" in line]  # fmt: skip
 
 
-def read_seed(folder: Path, kl_coefs: list[float]) -> Row:
+def read_seed(folder: Path, kl_coefs: list[float], ways: list[str]) -> Row:
     """Everything the table needs of one seed."""
-    policies = ["sft", "rejection", *map(name_of, kl_coefs), "both"]
+    alone = [name_of(beta) for beta in kl_coefs] if "ppo" in ways else []
+    policies = ["sft", *(["rejection"] if "rejection" in ways else []), *alone, *(["both"] if "both" in ways else [])]
     gold = {name: gold_by_prompt(folder / f"evaluate_{name}") for name in policies}
     found: Row = {"policies": {}, "curves": {}, "both_less": {}}
     for name in policies:
@@ -115,11 +124,11 @@ def read_seed(folder: Path, kl_coefs: list[float]) -> Row:
         found["policies"][name] = {"gold": round(mean, 4), "half": round(half, 4),
                                    "helpfulness": summary["gold_helpfulness"], "safety": summary["gold_safety"],
                                    "kl": round(summary.get("kl_nats", 0.0), 3)}  # fmt: skip
-    for name in (*map(name_of, kl_coefs), "both"):
+    for name in (name for name in policies if name not in ("sft", "rejection")):
         points = curve(folder / name)
         best = json.loads((folder / name / "summary.json").read_text(encoding="utf-8"))["best"]["step"]
         found["curves"][name] = {"points": points, "judge_chose": best}
-    for name in ("rejection", *map(name_of, kl_coefs)):
+    for name in policies[1:-1] if "both" in ways else ():
         pairs = [(gold[name][key], gold["both"][key]) for key in gold["both"]]
         mean, (low, high) = paired_bootstrap(*map(list, zip(*pairs, strict=True)), draws=4000)
         found["both_less"][name] = [round(x, 4) for x in (mean, low, high)]
@@ -153,11 +162,12 @@ def draw(seeds: Row, kl_coefs: list[float], path: Path) -> None:
         axes = figure.subplots(1, 3)
         for axis, (key, title) in zip(axes, PANELS.items(), strict=True):
             for i, found in enumerate(seeds.values()):
-                for beta in kl_coefs:
+                for beta in (beta for beta in kl_coefs if name_of(beta) in found["curves"]):
                     points, text = found["curves"][name_of(beta)]["points"], f"PPO, beta {beta:g}"
                     axis.plot([max(point["kl"], 0.0) for point in points], [point[key] for point in points],
                               color=marks[name_of(beta)][1], lw=1.0, label="" if i else text)  # fmt: skip
-                for name, (marker, colour, text) in marks.items() if key == "helpfulness" else ():
+                present = [(name, mark) for name, mark in marks.items() if name in found["policies"]]
+                for name, (marker, colour, text) in present if key == "helpfulness" else ():
                     end = found["policies"][name]
                     axis.plot(end["kl"], end[key], marker, color=colour, ms=5, label="" if i else text)
             axis.set_xscale("symlog", linthresh=1.0)
@@ -173,20 +183,24 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--kl_coefs", type=float, nargs="+", default=[0.0, 0.05, 0.15, 0.5])
     parser.add_argument("--samples", type=int, default=5632, help="responses that each way may sample")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS)
+    parser.add_argument("--reward_mismatched", type=float, default=0.0)
+    parser.add_argument("--judge_mismatched", type=float, default=0.0)
     parser.add_argument("--parallel_stages", type=int, default=2)
     parser.add_argument("--plot", type=Path, help="PNG to draw the curves to")
     options = parser.parse_args()
+    mismatched = {"reward_helpfulness": options.reward_mismatched, "judge_helpfulness": options.judge_mismatched}
     found: Row = {}
     for seed in options.seeds:
         folder = options.output_dir / str(seed)
-        stages = stages_of(options.kl_coefs, options.samples)
+        stages = stages_of(options.kl_coefs, options.samples, options.ways, mismatched)
         settings = PipelineSettings(stages, str(folder), seed, options.parallel_stages)
         run_stages(read_stages(settings), options.parallel_stages, Console(highlight=False))
-        found[str(seed)] = read_seed(folder, options.kl_coefs)
+        found[str(seed)] = read_seed(folder, options.kl_coefs, options.ways)
         tell(seed, found[str(seed)])
     if options.plot:
         draw(found, options.kl_coefs, options.plot)
-    print(json.dumps({"samples": options.samples, "seeds": found}))
+    print(json.dumps({"samples": options.samples, "mismatched_share": mismatched, "seeds": found}))
 
 
 if __name__ == "__main__":

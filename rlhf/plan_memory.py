@@ -27,7 +27,7 @@ class Plan:
     four_bit: bool  # the frozen matrices
     frozen_width: int
     trained_width: int  # weights that are trained in full; adapters are float32
-    autocast: bool  # products in bfloat16 outside sampling
+    autocast: bool  # products in bfloat16, those of sampling on a CPU only
     checkpointing: bool
     token_budget: int
     shards: int  # processes that share weights, gradients and states; 1: every process has all

@@ -115,7 +115,9 @@ def test_ppo_iteration_computes_what_trl_computes(ppo_models, tmp_path, monkeypa
 
 
 def test_the_ways_of_the_outcome_study_sample_equally_much(tmp_path):
-    settings = PipelineSettings(ppo_outcome.stages_of([0.0, 0.15], 5632), str(tmp_path), 3, 2)
+    shares = {"reward_helpfulness": 0.0, "judge_helpfulness": 0.3}
+    rows = ppo_outcome.stages_of([0.0, 0.15], 5632, list(ppo_outcome.WAYS), shares)
+    settings = PipelineSettings(rows, str(tmp_path), 3, 2)
     stages = {stage.name: stage for stage in read_stages(settings)}
     check_stages(list(stages.values()))
     ppo = {name: stage.settings for name, stage in stages.items() if stage.run == "ppo"}
@@ -127,3 +129,7 @@ def test_the_ways_of_the_outcome_study_sample_equally_much(tmp_path):
     assert ppo["both"]["model_name_or_path"] == f"{tmp_path}/rejection_half/model"
     assert ppo["ppo_0"]["model_name_or_path"] == f"{tmp_path}/sft/model"
     assert {s["judge_safety_model_path"] for s in ppo.values()} == {f"{tmp_path}/judge_safety/model"}
+    trained = {name: s.settings.get("mismatched_share", 0.0) for name, s in stages.items() if s.run == "train_reward"}
+    assert trained == {**shares, "reward_safety": 0.0, "judge_safety": 0.0}
+    fewer = [row["name"] for row in ppo_outcome.stages_of([0.0], 5632, ["ppo"], {})]
+    assert fewer == [*ppo_outcome.SHARED, "evaluate_sft", "ppo_0", "evaluate_ppo_0"]
