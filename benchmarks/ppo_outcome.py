@@ -4,9 +4,9 @@
     python benchmarks/ppo_outcome.py --ways ppo --kl_coefs 0 --judge_mismatched 0.3   # what the judge learns from
 
 For each seed: world, SFT, reward models and judges as in configs/demo.yaml; then from the SFT model, with `--samples`
-responses each, (a) rejection sampling alone, (b) PPO alone for every beta, (c) rejection sampling with half of them and
-PPO with the other half, at the demo's beta; `--ways` names fewer. PPO runs to its end whatever the judge says; the table
-shows the gold reward where the judge would have stopped it and at the end: where the second is lower, the reward model
+responses each, (a) rejection sampling alone, (b) PPO alone for every beta, (c) rejection sampling with half of them,
+then PPO with the other half at the demo's beta; `--ways` names fewer. PPO runs to its end whatever the judge says; the
+table shows gold where the judge would have stopped it and at the end: where the second is lower, the reward model
 was over-optimised and the judge caught it. `--reward_mismatched` and `--judge_mismatched` add answers to other
 questions (`mismatched_share`) to what the helpfulness model and its judge learn from.
 
