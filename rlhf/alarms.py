@@ -53,6 +53,7 @@ class Limits:
     held_out: int = 256  # prompts of an evaluation
     bf16: bool = False  # weights or computations in bfloat16
     max_kl_nats: float | None = None
+    prompt_baseline: bool = False  # scores are less their prompt's mean: a value model may know nothing beyond it
 
 
 @dataclass(frozen=True)
@@ -217,7 +218,7 @@ def _safety(now: float, start: float, limits: Limits) -> str | None:
 
 
 def _value(now: float, start: float, limits: Limits) -> str | None:
-    if now >= VALUE_EXPLAINED:
+    if now >= VALUE_EXPLAINED or limits.prompt_baseline:
         return None
     return (
         f"The value model explains {now:.2g} of the variance of the returns (1 is all, 0 none), so advantages are"

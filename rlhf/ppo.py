@@ -224,7 +224,7 @@ class Run:
     def watch(self, step: int, figures: dict[str, float]) -> None:
         """Raise and clear the alarms of this step: on the console, in alarms.jsonl."""
         bf16 = self.ppo.bf16 or any(p.dtype == torch.bfloat16 for p in self.roles.policy.model.parameters())
-        limits = Limits(len(self.held_out), bf16, self.ppo.max_kl_nats)
+        limits = Limits(len(self.held_out), bf16, self.ppo.max_kl_nats, self.ppo.center_scores == "prompt")
         self.state["alarms"], alarms = check(self.state["alarms"], step, figures, limits)
         self.folder.alarms(step, [alarm.row() for alarm in alarms])
         if self.accelerator.is_main_process:

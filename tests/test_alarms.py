@@ -69,6 +69,7 @@ def test_short_responses_may_change_by_a_few_tokens():
 def test_limits_follow_the_settings():
     assert events(series("policy/kl", [9.0]), Limits(max_kl_nats=10.0)) == [(1, "kl_high", False)]  # 9 > 0.8 * 10
     assert events(series("policy/kl", [7.0]), Limits(max_kl_nats=10.0)) == []
+    assert events(series("value/explained_variance", [0.0] * 13), Limits(prompt_baseline=True)) == []
     off = series("policy/first_ratio_error", [0.05, 0.2])
     assert events(off, Limits(bf16=True)) == [(2, "first_ratio", False)]
 
