@@ -32,6 +32,7 @@ import yaml  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 from rich.console import Console  # noqa: E402
 
+from rlhf.claims import alone  # noqa: E402
 from rlhf.estimates import mean_with_interval, paired_bootstrap  # noqa: E402
 from rlhf.pipeline import ROOT, PipelineSettings, read_stages, run_stages  # noqa: E402
 from rlhf.plots import COLOURS, STYLE, to_png  # noqa: E402
@@ -195,7 +196,8 @@ def main() -> None:
         folder = options.output_dir / str(seed)
         stages = stages_of(options.kl_coefs, options.samples, options.ways, mismatched)
         settings = PipelineSettings(stages, str(folder), seed, options.parallel_stages)
-        run_stages(read_stages(settings), options.parallel_stages, Console(highlight=False))
+        with alone(str(folder)):
+            run_stages(read_stages(settings), options.parallel_stages, Console(highlight=False))
         found[str(seed)] = read_seed(folder, options.kl_coefs, options.ways)
         tell(seed, found[str(seed)])
     if options.plot:
