@@ -26,6 +26,7 @@ from configs.ppo_settings import PPOSettings
 from rlhf import alarms
 from rlhf import ppo as ppo_script
 from rlhf import roles as roles_module
+from rlhf import rollout as rollout_module
 from rlhf import update as update_module
 from rlhf.hardware import FLOAT_ATTENTION, token_budget
 from rlhf.load_roles import load_roles
@@ -730,11 +731,19 @@ def test_centered_values_start_from_the_helpfulness_models_own_zero(paths, tmp_p
     assert scale > 0
 
 
-def test_bf16_rounds_hidden_states_and_little_else(paths):
+def test_bf16_rounds_hidden_states_and_little_else(paths, monkeypatch):
     settings = settings_for(paths)
     plain, mixed = load(paths, settings), load(paths, replace(settings, bf16=True))
     assert mixed.policy.model.config._attn_implementation == FLOAT_ATTENTION
+    real, autocast = rollout_module.sample_live, []
+
+    def watched(*args):
+        autocast.append(torch.is_autocast_enabled("cpu"))
+        return real(*args)
+
+    monkeypatch.setattr(rollout_module, "sample_live", watched)
     one, two = roll(plain, settings), roll(mixed, replace(settings, bf16=True))
+    assert autocast == [False, True]
     same = rollout_from(mixed, one.prompts, one.responses, one.scores_B, replace(settings, bf16=True), "cpu")
     pairs = [
         (getattr(one, name), getattr(same, name)) for name in ("logprobs_BR", "reference_logprobs_BR", "values_BR")
