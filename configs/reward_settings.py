@@ -67,7 +67,7 @@ class RewardSettings:
         default=0.0,
         metadata={
             "help": "Pairs to add for each training pair: the chosen response before one chosen for another, similar"
-            " prompt. Samples of one policy hardly ever miss the question: pairs of them do not teach that it is bad."
+            " prompt. Pairs of one policy's samples hardly teach that this is bad. For judges: see docs/data.md."
         },
     )
     deduplicate: bool = field(
