@@ -210,9 +210,9 @@ def advantages_and_returns(
     """Eq. 4 for every response token: whitened score on the last one, minus beta * KL on each; then GAE. Both [B, R].
 
     Scores and advantages are whitened over the whole iteration, over all processes, without the responses that do not
-    take part; with `center_scores: prompt` each score first loses its prompt's mean: the `responses_per_prompt` responses
-    of a prompt must stand side by side. `kl_coef` is the current beta of an adaptive controller; None: that of the
-    settings.
+    take part; with `center_scores: prompt` each score first loses its prompt's mean: the `responses_per_prompt`
+    responses of a prompt must stand side by side. `kl_coef` is the current beta of an adaptive controller; None: that
+    of the settings.
     """
     mask_BR, kept_BR = rollout.sequences.response_mask_BR, rollout.kept_mask_BR(ppo)
     scores_B = rollout.scores_B
