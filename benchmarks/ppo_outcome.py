@@ -4,15 +4,17 @@
     python benchmarks/ppo_outcome.py --ways ppo --kl_coefs 0 --judge_mismatched 0.3   # what the judge learns from
 
 For each seed: world, SFT, reward models and judges as in configs/demo.yaml; then from the SFT model, with `--samples`
-responses each, (a) rejection sampling alone, (b) PPO alone for every beta, (c) rejection sampling with half of them,
-then PPO with the other half at the demo's beta; `--ways` names fewer. PPO runs to its end whatever the judge says; the
-table shows gold where the judge would have stopped it and at the end: where the second is lower, the reward model
-was over-optimised and the judge caught it. `--reward_mismatched` and `--judge_mismatched` add answers to other
+responses each, (a) rejection sampling alone, (b) PPO alone for every beta, (c) rejection sampling with a share of them
+(`--first_share`), then PPO with the rest for every beta; `--ways` names fewer. PPO runs to its end whatever the judge
+says; the table shows gold where the judge would have stopped it and at the end: where the second is lower, the reward
+model was over-optimised and the judge caught it. `--reward_mismatched` and `--judge_mismatched` add answers to other
 questions (`mismatched_share`) to what the helpfulness model and its judge learn from.
 
 Gold is the mean true score over evaluation prompts (helpfulness, safety on risky prompts); KL is to the SFT model, in
-nats a response. A finished stage is not run again. `--plot PATH.png` draws true helpfulness, the judge's and the reward
-models' score against KL. The last line is one JSON object.
+nats a response. (c) is compared with (a) and (b) at the beta that was best for each on the *other* seeds, as one who
+has no true score here would carry it over, and at the best of this seed's own sweep. A finished stage is not run
+again. `--plot PATH.png` draws true helpfulness, the judge's and the reward models' score against KL. The last line is
+one JSON object.
 """
 
 import argparse
@@ -46,8 +48,11 @@ BATCH = 128  # of PPO
 PANELS = {"helpfulness": "true helpfulness", "judge": "the judge's score", "proxy": "the reward models' score"}
 
 
-def stages_of(kl_coefs: list[float], samples: int, ways: list[str], mismatched: dict[str, float]) -> list[Row]:
-    """The pipeline of one seed; `mismatched` has the share of answers to other questions by stage."""
+def stages_of(
+    kl_coefs: list[float], samples: int, ways: list[str], mismatched: dict[str, float], first_share: float = 0.5
+) -> list[Row]:
+    """The pipeline of one seed; `mismatched` has the share of answers to other questions by stage, `first_share` what
+    rejection sampling has of the samples where PPO follows it."""
     demo = {stage["name"]: stage for stage in yaml.safe_load((ROOT / "configs/demo.yaml").read_text())["stages"]}
 
     def stage(name: str, like: str, needs: list[str], **settings: Any) -> Row:
@@ -79,18 +84,21 @@ def stages_of(kl_coefs: list[float], samples: int, ways: list[str], mismatched: 
     for name, share in mismatched.items():
         demo[name]["settings"]["mismatched_share"] = share
     shared += [stage("evaluate_sft", "evaluate_sft", ["sft"])]
+    iterations = round((1 - first_share) * samples / BATCH)  # of PPO after rejection sampling
+    first = samples - iterations * BATCH
     found = {
         "rejection": best_of_k("rejection", samples // K),
-        "both": [*best_of_k("rejection_half", samples // 2 // K),
-                 *ppo("both", "rejection_half", demo["ppo"]["settings"]["kl_coef"], samples // 2 // BATCH)],
-        "ppo": [row for beta in kl_coefs for row in ppo(name_of(beta), "sft", beta, samples // BATCH)],
-    }  # fmt: skip
+        "ppo": [row for beta in kl_coefs for row in ppo(name_of("ppo", beta), "sft", beta, samples // BATCH)],
+        "both": best_of_k("rejection_first", first // K),
+    }
+    for beta in kl_coefs:
+        found["both"] += ppo(name_of("both", beta), "rejection_first", beta, iterations)
     return [*shared, *(row for way, rows in found.items() if way in ways for row in rows)]
 
 
-def name_of(kl_coef: float) -> str:
-    """The stage of PPO alone at this beta."""
-    return f"ppo_{kl_coef:g}".replace(".", "_")
+def name_of(way: str, kl_coef: float) -> str:
+    """The stage of PPO at this beta, alone (`ppo`) or after rejection sampling (`both`)."""
+    return f"{way}_{kl_coef:g}".replace(".", "_")
 
 
 def gold_by_prompt(folder: Path) -> dict[str, float]:
@@ -113,36 +121,70 @@ def curve(folder: Path) -> list[Row]:
             for line in lines if "eval/objective" in line]  # fmt: skip
 
 
-def read_seed(folder: Path, kl_coefs: list[float], ways: list[str]) -> Row:
-    """Everything the table needs of one seed."""
-    alone = [name_of(beta) for beta in kl_coefs] if "ppo" in ways else []
-    policies = ["sft", *(["rejection"] if "rejection" in ways else []), *alone, *(["both"] if "both" in ways else [])]
+def read_seed(folder: Path, kl_coefs: list[float], ways: list[str]) -> tuple[Row, dict[str, dict[str, float]]]:
+    """(what the tables show of one seed, the true score by policy and prompt)."""
+    swept = [name_of(way, beta) for way in ("ppo", "both") if way in ways for beta in kl_coefs]
+    policies = ["sft", *(["rejection"] if "rejection" in ways else []), *swept]
     gold = {name: gold_by_prompt(folder / f"evaluate_{name}") for name in policies}
-    found: Row = {"policies": {}, "curves": {}, "both_less": {}}
+    found: Row = {"policies": {}, "curves": {}}
     for name in policies:
         summary = json.loads((folder / f"evaluate_{name}" / "summary.json").read_text(encoding="utf-8"))
         mean, half = mean_with_interval(list(gold[name].values()))
         found["policies"][name] = {"gold": round(mean, 4), "half": round(half, 4),
                                    "helpfulness": summary["gold_helpfulness"], "safety": summary["gold_safety"],
                                    "kl": round(summary.get("kl_nats", 0.0), 3)}  # fmt: skip
-    for name in (name for name in policies if name not in ("sft", "rejection")):
+    for name in swept:
         points = curve(folder / name)
         best = json.loads((folder / name / "summary.json").read_text(encoding="utf-8"))["best"]["step"]
         found["curves"][name] = {"points": points, "judge_chose": best}
-    for name in policies[1:-1] if "both" in ways else ():
-        pairs = [(gold[name][key], gold["both"][key]) for key in gold["both"]]
-        mean, (low, high) = paired_bootstrap(*map(list, zip(*pairs, strict=True)), draws=4000)
-        found["both_less"][name] = [round(x, 4) for x in (mean, low, high)]
-    return found
+    return found, gold
+
+
+def best_beta(way: str, kl_coefs: list[float], seeds: list[Row]) -> float:
+    """The beta of this way with the highest true score, on average over these seeds."""
+    return max(kl_coefs, key=lambda beta: sum(seed["policies"][name_of(way, beta)]["gold"] for seed in seeds))
+
+
+def compare(seeds: dict[str, Row], gold: dict[str, dict[str, dict[str, float]]], kl_coefs: list[float]) -> list[Row]:
+    """True score of both in sequence less that of either alone, by seed and over all seeds: (mean, low, high).
+
+    `other seeds`: each way at the beta that was best on the other seeds; `this seed`: best on this one, which
+    flatters all ways alike.
+    """
+    rows = []
+    for chosen_on in ("other seeds", "this seed"):
+        pairs: dict[str, list[tuple[float, float]]] = {"rejection": [], "ppo": []}
+        for seed in seeds:
+            judges = [row for key, row in seeds.items() if (key == seed) == (chosen_on == "this seed")]
+            if not judges:  # one seed alone
+                continue
+            betas = {way: best_beta(way, kl_coefs, judges) for way in ("ppo", "both")}
+            row: Row = {"seed": seed, "chosen_on": chosen_on, "betas": betas}
+            both = gold[seed][name_of("both", betas["both"])]
+            for way, name in (("rejection", "rejection"), ("ppo", name_of("ppo", betas["ppo"]))):
+                here = [(gold[seed][name][key], both[key]) for key in both]
+                pairs[way] += here
+                row[way] = _difference(here)
+            rows.append(row)
+        if pairs["ppo"]:
+            rows.append(
+                {"seed": "all", "chosen_on": chosen_on, **{way: _difference(each) for way, each in pairs.items()}}
+            )
+    return rows
+
+
+def _difference(pairs: list[tuple[float, float]]) -> list[float]:
+    """Mean of second less first, with its 95 % interval over prompts."""
+    mean, (low, high) = paired_bootstrap(*map(list, zip(*pairs, strict=True)), draws=4000)
+    return [round(x, 4) for x in (mean, low, high)]
 
 
 def tell(seed: int, found: Row) -> None:
     """The tables of one seed, as Markdown."""
-    print(f"\n| seed {seed} | gold | KL to SFT, nats | both less this, gold |\n|---|---|---|---|")
+    print(f"\n| seed {seed} | gold | helpfulness | safety | KL to SFT, nats |\n|---|---|---|---|---|")
     for name, row in found["policies"].items():
-        less = found["both_less"].get(name)
-        shown = "" if less is None else f"{less[0]:+.3f} ({less[1]:+.3f} to {less[2]:+.3f})"
-        print(f"| {name} | {row['gold']:.3f} ± {row['half']:.3f} | {row['kl']:.2f} | {shown} |")
+        print(f"| {name} | {row['gold']:.3f} ± {row['half']:.3f} | {row['helpfulness']:.3f} | {row['safety']:.3f} | "
+              f"{row['kl']:.2f} |")  # fmt: skip
     print(f"\n| seed {seed} | judge chose step | there: helpfulness, safety, KL, judge, reward models | at the end |")
     print("|---|---|---|---|")
     for name, row in found["curves"].items():
@@ -152,21 +194,33 @@ def tell(seed: int, found: Row) -> None:
         print(f"| {name} | {row['judge_chose']} | {cells[0]} | {cells[1]} |")
 
 
+def tell_comparison(rows: list[Row]) -> None:
+    """Both in sequence against either alone, as Markdown."""
+    print("\n| betas chosen on | seed | PPO's, both's | both less rejection sampling | both less PPO |")
+    print("|---|---|---|---|---|")
+    for row in rows:
+        betas = ", ".join(f"{beta:g}" for beta in row["betas"].values()) if "betas" in row else ""
+        cells = ["{:+.3f} ({:+.3f} to {:+.3f})".format(*row[way]) for way in ("rejection", "ppo")]
+        print(f"| {row['chosen_on']} | {row['seed']} | {betas} | {cells[0]} | {cells[1]} |")
+
+
 def draw(seeds: Row, kl_coefs: list[float], path: Path) -> None:
     """True helpfulness, the judge's and the reward models' score against KL to SFT: a line is a run of PPO alone on the
     held-out prompts by which it is watched, a mark a policy on the evaluation's, where all ways can be compared."""
     colours = mpl.colormaps["viridis"].resampled(len(kl_coefs)).colors
-    marks = {name_of(beta): ("o", colour, "") for beta, colour in zip(kl_coefs, colours, strict=True)}
-    marks |= {"rejection": ("s", COLOURS["ppo"], "rejection sampling"), "both": ("D", COLOURS["ppo"], "both")}
+    marks = {name_of("ppo", beta): ("o", colour, "") for beta, colour in zip(kl_coefs, colours, strict=True)}
+    marks |= {"rejection": ("s", COLOURS["ppo"], "rejection sampling")}
+    marks |= {name_of("both", beta): ("D", colour, f"both, beta {beta:g}")
+              for beta, colour in zip(kl_coefs, colours, strict=True)}  # fmt: skip
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(9.0, 3.2), layout="constrained")
         axes = figure.subplots(1, 3)
         for axis, (key, title) in zip(axes, PANELS.items(), strict=True):
             for i, found in enumerate(seeds.values()):
-                for beta in (beta for beta in kl_coefs if name_of(beta) in found["curves"]):
-                    points, text = found["curves"][name_of(beta)]["points"], f"PPO, beta {beta:g}"
+                for beta in (beta for beta in kl_coefs if name_of("ppo", beta) in found["curves"]):
+                    points, text = found["curves"][name_of("ppo", beta)]["points"], f"PPO, beta {beta:g}"
                     axis.plot([max(point["kl"], 0.0) for point in points], [point[key] for point in points],
-                              color=marks[name_of(beta)][1], lw=1.0, label="" if i else text)  # fmt: skip
+                              color=marks[name_of("ppo", beta)][1], lw=1.0, label="" if i else text)  # fmt: skip
                 present = [(name, mark) for name, mark in marks.items() if name in found["policies"]]
                 for name, (marker, colour, text) in present if key == "helpfulness" else ():
                     end = found["policies"][name]
@@ -184,6 +238,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--kl_coefs", type=float, nargs="+", default=[0.0, 0.05, 0.15, 0.5])
     parser.add_argument("--samples", type=int, default=5632, help="responses that each way may sample")
+    parser.add_argument("--first_share", type=float, default=0.5, help="rejection sampling's part where PPO follows it")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS)
     parser.add_argument("--reward_mismatched", type=float, default=0.0)
     parser.add_argument("--judge_mismatched", type=float, default=0.0)
@@ -191,18 +246,23 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, help="PNG to draw the curves to")
     options = parser.parse_args()
     mismatched = {"reward_helpfulness": options.reward_mismatched, "judge_helpfulness": options.judge_mismatched}
-    found: Row = {}
+    found: dict[str, Row] = {}
+    gold: dict[str, dict[str, dict[str, float]]] = {}
     for seed in options.seeds:
         folder = options.output_dir / str(seed)
-        stages = stages_of(options.kl_coefs, options.samples, options.ways, mismatched)
+        stages = stages_of(options.kl_coefs, options.samples, options.ways, mismatched, options.first_share)
         settings = PipelineSettings(stages, str(folder), seed, options.parallel_stages)
         with alone(str(folder)):
             run_stages(read_stages(settings), options.parallel_stages, Console(highlight=False))
-        found[str(seed)] = read_seed(folder, options.kl_coefs, options.ways)
+        found[str(seed)], gold[str(seed)] = read_seed(folder, options.kl_coefs, options.ways)
         tell(seed, found[str(seed)])
+    compared = compare(found, gold, options.kl_coefs) if set(options.ways) == set(WAYS) else []
+    if compared:
+        tell_comparison(compared)
     if options.plot:
         draw(found, options.kl_coefs, options.plot)
-    print(json.dumps({"samples": options.samples, "mismatched_share": mismatched, "seeds": found}))
+    print(json.dumps({"samples": options.samples, "first_share": options.first_share, "mismatched_share": mismatched,
+                      "compared": compared, "seeds": found}))  # fmt: skip
 
 
 if __name__ == "__main__":

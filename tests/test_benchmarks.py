@@ -114,9 +114,29 @@ def test_ppo_iteration_computes_what_trl_computes(ppo_models, tmp_path, monkeypa
     assert ("advantages" in found) == (lengths == "fixed")
 
 
+def test_the_outcome_study_carries_betas_over_from_the_other_seeds():
+    """By hand: on seed 0 PPO is best at beta 1 and both at 0, on seed 1 the other way round."""
+    means = {"0": {"rejection": 0.5, "ppo_0": 0.6, "ppo_1": 0.7, "both_0": 0.9, "both_1": 0.8},
+             "1": {"rejection": 0.5, "ppo_0": 0.9, "ppo_1": 0.4, "both_0": 0.3, "both_1": 1.0}}  # fmt: skip
+    seeds = {seed: {"policies": {name: {"gold": gold} for name, gold in row.items()}} for seed, row in means.items()}
+    gold = {seed: {name: dict.fromkeys("abc", mean) for name, mean in row.items()} for seed, row in means.items()}
+    rows = ppo_outcome.compare(seeds, gold, [0.0, 1.0])
+    found = [(row["chosen_on"], row["seed"], row.get("betas"), row["rejection"][0], row["ppo"][0]) for row in rows]
+    assert found == [
+        ("other seeds", "0", {"ppo": 0.0, "both": 1.0}, 0.3, 0.2),
+        ("other seeds", "1", {"ppo": 1.0, "both": 0.0}, -0.2, -0.1),
+        ("other seeds", "all", None, 0.05, 0.05),
+        ("this seed", "0", {"ppo": 1.0, "both": 0.0}, 0.4, 0.2),
+        ("this seed", "1", {"ppo": 0.0, "both": 1.0}, 0.5, 0.1),
+        ("this seed", "all", None, 0.45, 0.15),
+    ]
+    alone = ppo_outcome.compare({"0": seeds["0"]}, {"0": gold["0"]}, [0.0, 1.0])
+    assert [row["chosen_on"] for row in alone] == ["this seed", "this seed"]
+
+
 def test_the_ways_of_the_outcome_study_sample_equally_much(tmp_path):
     shares = {"reward_helpfulness": 0.0, "judge_helpfulness": 0.3}
-    rows = ppo_outcome.stages_of([0.0, 0.15], 5632, list(ppo_outcome.WAYS), shares)
+    rows = ppo_outcome.stages_of([0.0, 0.15], 5632, list(ppo_outcome.WAYS), shares, first_share=0.25)
     settings = PipelineSettings(rows, str(tmp_path), 3, 2)
     stages = {stage.name: stage for stage in read_stages(settings)}
     check_stages(list(stages.values()))
@@ -124,9 +144,11 @@ def test_the_ways_of_the_outcome_study_sample_equally_much(tmp_path):
     drawn = {name: s["total_iterations"] * s["batch_size"] for name, s in ppo.items()}
     kept = {name: s.settings["max_prompts"] * s.settings["samples_per_prompt"]
             for name, s in stages.items() if s.run == "rejection_sampling"}  # fmt: skip
-    assert drawn == {"ppo_0": 5632, "ppo_0_15": 5632, "both": 2816}
-    assert kept == {"rejection_samples": 5632, "rejection_half_samples": 2816}
-    assert ppo["both"]["model_name_or_path"] == f"{tmp_path}/rejection_half/model"
+    assert drawn == {"ppo_0": 5632, "ppo_0_15": 5632, "both_0": 4224, "both_0_15": 4224}
+    assert kept == {"rejection_samples": 5632, "rejection_first_samples": 1408}
+    assert {ppo[name]["model_name_or_path"] for name in ("both_0", "both_0_15")} == {
+        f"{tmp_path}/rejection_first/model"
+    }
     assert ppo["ppo_0"]["model_name_or_path"] == f"{tmp_path}/sft/model"
     assert {s["judge_safety_model_path"] for s in ppo.values()} == {f"{tmp_path}/judge_safety/model"}
     trained = {name: s.settings.get("mismatched_share", 0.0) for name, s in stages.items() if s.run == "train_reward"}
