@@ -5,6 +5,15 @@ from dataclasses import dataclass, field
 from configs.errors import UserError
 from configs.scoring_settings import ScoringSettings
 
+AT_LEAST = {"max_prompt_tokens": 1, "max_new_tokens": 1, "total_iterations": 1, "responses_per_prompt": 1,
+            "batch_size": 1, "mini_batch_size": 1, "ppo_epochs": 1, "sampling_token_budget": 1, "eval_prompts": 1,
+            "token_budget": 0, "eval_steps": 0, "save_steps": 0, "num_samples": 0, "judge_patience": 0,
+            "learning_rate": 0, "value_learning_rate": 0, "weight_decay": 0, "kl_coef": 0, "missing_eos_penalty": 0,
+            "value_clip_range": 0, "value_coef": 0}  # fmt: skip
+ABOVE_0 = ("temperature", "adam_epsilon", "max_grad_norm", "clip_range", "max_kl_nats", "kl_target")
+BELOW_1 = ("adam_beta1", "adam_beta2", "max_reject_share")
+SHARES = ("gamma", "gae_lambda")
+
 
 @dataclass(kw_only=True)
 class PPOSettings(ScoringSettings):
@@ -145,7 +154,11 @@ class PPOSettings(ScoringSettings):
         },
     )
     max_kl_nats: float | None = field(
-        default=None, metadata={"help": "Stop when the mean KL to the reference, in nats a response, passes this."}
+        default=None,
+        metadata={
+            "help": "Stop when the mean KL to the reference, in nats a response, passes this; save_best keeps no policy"
+            " beyond it."
+        },
     )
     save_steps: int = field(default=0, metadata={"help": "Iterations between checkpoints; 0: none."})
     num_samples: int = field(
@@ -161,6 +174,7 @@ class PPOSettings(ScoringSettings):
 
     def __post_init__(self) -> None:
         self.check_scoring()
+        self._check_ranges()
         if self.reference_model not in ("sft", "start"):
             raise UserError(f"reference_model: {self.reference_model!r} is neither `sft` nor `start`")
         if self.value_model not in ("helpfulness", "policy", "trunk", "path"):
@@ -169,9 +183,13 @@ class PPOSettings(ScoringSettings):
             raise UserError("value_model_path and value_model: path go together; give both or neither")
         if self.gold not in ("simulated", "none"):
             raise UserError(f"gold: {self.gold!r} is neither `simulated` nor `none`")
+        if self.gold == "simulated" and not self.eval_prompt_file:
+            raise UserError("gold: simulated scores held-out responses; it needs eval_prompt_file")
         if self.reference_model == "sft" and not self.sft_model_path:
             raise UserError("reference_model: sft needs sft_model_path")
-        if self.responses_per_prompt < 1 or self.mini_batch_size % self.responses_per_prompt:
+        if self.reference_model == "start" and self.sft_model_path:
+            raise UserError("sft_model_path has no effect with reference_model: start; set reference_model: sft")
+        if self.mini_batch_size % self.responses_per_prompt:
             raise UserError(
                 f"responses_per_prompt: {self.responses_per_prompt} does not divide mini_batch_size "
                 f"{self.mini_batch_size}"
@@ -181,16 +199,6 @@ class PPOSettings(ScoringSettings):
                 f"batch_size {self.batch_size} is not a multiple of mini_batch_size {self.mini_batch_size}: some"
                 " responses would be sampled and never trained on"
             )
-        if not 0.0 <= self.max_reject_share < 1.0:
-            raise UserError(f"max_reject_share must be in [0, 1), not {self.max_reject_share}")
-        if self.token_budget < 0:
-            raise UserError(f"token_budget: {self.token_budget} tokens; 0 takes what suits the device")
-        if self.sampling_token_budget < 1:
-            raise UserError(f"sampling_token_budget: {self.sampling_token_budget} tokens hold no response; give more")
-        if self.temperature <= 0:
-            raise UserError(f"temperature: {self.temperature} gives no distribution to train")
-        if self.eval_prompts < 1:
-            raise UserError(f"eval_prompts: {self.eval_prompts}; give at least 1, or no eval_prompt_file")
         if self.save_best and not self.eval_prompt_file:
             raise UserError("save_best needs eval_prompt_file: without held-out prompts there is no best")
         self._check_centering()
@@ -212,11 +220,25 @@ class PPOSettings(ScoringSettings):
         """
         return self.recompute_logprobs or self.bf16 or self.sampling_engine != "in_process"
 
+    def _check_ranges(self) -> None:
+        """UserError for a number outside its range; nan is outside of each."""
+        for name, low in AT_LEAST.items():
+            if not low <= (value := getattr(self, name)) < float("inf"):
+                raise UserError(f"{name}: {value}; give {low} or more")
+        for name in ABOVE_0:
+            if (value := getattr(self, name)) is not None and not 0 < value < float("inf"):
+                raise UserError(f"{name}: {value}; give a number above 0")
+        for name in (*BELOW_1, *SHARES):
+            if not 0 <= (value := getattr(self, name)) <= 1 or (value == 1 and name in BELOW_1):
+                raise UserError(f"{name}: {value}; give 0 to {'below ' * (name in BELOW_1)}1")
+
     def _check_centering(self) -> None:
         if self.center_scores not in ("none", "model", "prompt"):
             raise UserError(f"center_scores: {self.center_scores!r} is none of `none`, `model` and `prompt`")
         if self.center_scores == "model" and self.reward_combination != "piecewise":
             raise UserError(f"center_scores: model is for reward_combination: piecewise, not {self.reward_combination}")
+        if self.center_scores == "model" and self.reward_functions and not self.reward_model_paths:
+            raise UserError("center_scores: model is for two reward models, not for reward_functions alone")
         if self.center_scores == "model" and self.value_model == "path":
             raise UserError(
                 "center_scores does not know where scores of value_model_path have their zero; use another value_model"
@@ -248,14 +270,16 @@ class PPOSettings(ScoringSettings):
             )
         if self.importance_cap != 0 and not 1.0 <= self.importance_cap < float("inf"):
             raise UserError(f"importance_cap: {self.importance_cap}; give at least 1, or 0 for no weights")
+
+    def check_importance(self) -> None:
+        """UserError where `importance_cap` was chosen and has no effect. To be called once the weights' dtype is known:
+        bfloat16 weights set recompute_logprobs."""
         if not self.recomputes and self.importance_cap != type(self).importance_cap:
             raise UserError(
                 "importance_cap has no effect where the sampler's log-probs are the old ones; set recompute_logprobs"
             )
 
     def _check_kl(self) -> None:
-        if not 0.0 <= self.kl_coef < float("inf"):
-            raise UserError(f"kl_coef: {self.kl_coef} would pay for leaving the reference; give 0 or more")
         if self.kl_estimator not in ("k1", "k2", "k3"):
             raise UserError(f"kl_estimator: {self.kl_estimator!r} is none of `k1`, `k2`, `k3`")
         if self.kl_controller == "fixed":
@@ -265,10 +289,8 @@ class PPOSettings(ScoringSettings):
             return
         if self.kl_controller != "adaptive":
             raise UserError(f"kl_controller: {self.kl_controller!r} is neither `fixed` nor `adaptive`")
-        if self.kl_target is None or not 0.0 < self.kl_target < float("inf"):
-            raise UserError(
-                f"kl_controller: adaptive needs kl_target in nats a response, above 0; not {self.kl_target}"
-            )
+        if self.kl_target is None:
+            raise UserError("kl_controller: adaptive needs kl_target, in nats a response")
         if self.kl_coef == 0:
             raise UserError("kl_controller: adaptive multiplies kl_coef: from 0 it never moves; start above 0")
         if self.kl_horizon < self.batch_size:
@@ -282,7 +304,7 @@ class PPOSettings(ScoringSettings):
             raise UserError("judge_helpfulness_model_path, judge_safety_model_path: name both or neither")
         if self.judge_helpfulness_model_path and not self.eval_prompt_file:
             raise UserError("judge_helpfulness_model_path needs eval_prompt_file: the judge scores held-out responses")
-        if self.judge_patience < 0 or (self.judge_patience and not self.judge_helpfulness_model_path):
+        if self.judge_patience and not self.judge_helpfulness_model_path:
             raise UserError(f"judge_patience {self.judge_patience}: 0, or more with a judge_helpfulness_model_path")
         if self.judge_patience and not self.save_best:
             raise UserError("judge_patience needs save_best: true; without it the run would hand over what came after")

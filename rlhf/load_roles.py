@@ -35,7 +35,8 @@ def load_roles(ppo: PPOSettings, model_settings: ModelSettings, tokenizer: Any, 
         check_same_tokenizer(tokenizer, path, field)
     if ppo.reference_model == "sft":
         check_same_tokenizer(tokenizer, str(ppo.sft_model_path), "sft_model_path")
-    model_settings = replace(model_settings, lora_dropout=0.0)  # dropout: pi and pi_old would differ before any step
+    if model_settings.lora_dropout:
+        raise UserError("lora_dropout must be 0 for PPO: with dropout pi and pi_old would differ before any step")
     load = _Shared if model_settings.use_peft else _Separate
     roles = load(ppo, model_settings, tokenizer, torch.device(device), seed).roles()
     check_plain_head(roles.policy.model)

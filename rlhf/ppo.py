@@ -101,10 +101,13 @@ class Run:
         self.held_out = held_out[: ppo.eval_prompts]
         if not self.prompts:
             raise UserError("prompt_files: no prompts to sample from")
+        if self.accelerator.is_main_process:
+            self.scoring.warn_untagged(prompt.is_safety for prompt in self.prompts)
         self.scoring.try_out(self.prompts[0], self.chat_format)
         if any(p.dtype == torch.bfloat16 for p in self.roles.policy.model.parameters()):
             # Sampling with a cache rounds such weights otherwise than training does: ratios would not start at 1.
             self.ppo = ppo = replace(ppo, recompute_logprobs=True)
+        ppo.check_importance()
         self.optimizer = make_optimizer(self.roles, ppo)
         self.state: dict[str, Any] = {
             "step": 0, "skipped": 0, "best": None, "unit": None, "value_unit": None, "zeros": None,
@@ -167,6 +170,8 @@ class Run:
         """
         if self.ppo.center_scores == "none" or self.ppo.reward_combination != "piecewise":
             return rollout
+        if rollout.safety_decides_B is None:  # functions alone
+            return rollout
         if self.state["zeros"] is None:
             columns = self.gathered(self.ppo.batch_size, rollout.raw["helpfulness"], rollout.raw["safety"])
             self.state["zeros"] = [moments_of(column, "score")[0] for column in columns.unbind(1)]
@@ -212,7 +217,8 @@ class Run:
         objective = (combined - mean) / deviation - penalty
         best = self.state["best"]
         self.state["evaluations_since_best"] += 1
-        if best is None or objective > best["objective"]:
+        cap = float("inf") if self.ppo.max_kl_nats is None else self.ppo.max_kl_nats
+        if best is None or (objective > best["objective"] and figures["eval/kl"] <= cap):
             self.state["best"] = {"step": step, "objective": objective, **figures}
             self.state["evaluations_since_best"] = 0
             if self.ppo.save_best:

@@ -298,6 +298,8 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
     room = prompt_room(worker.engine, settings.max_new_tokens, settings.max_prompt_tokens)
     prompts = read_prompt_files(settings.prompt_files, worker.chat, room, folder.path, settings.max_reject_share)
     prompts = prompts[: settings.max_prompts or None]
+    if state.is_main_process:
+        worker.scoring.warn_untagged(bool(row["is_safety"]) for row in prompts)
     worker.try_out(prompts[0])
     content: Row = {name: value for name, value in resolved.items() if name not in NOT_IN_ROWS}
     content["sampling_engine"] = settings.engine  # auto and server_url are one choice with server and server_url

@@ -134,8 +134,10 @@ def rollout_from(
     Args:
         prompts: one for each response; with k above 1, the k responses to a prompt stand side by side.
         responses: their ids, the stop id included where one ended with it; none may be empty.
-        scores_B: a raw score each, any scale: they are whitened over the iteration.
-        stopped_B: bool, whether each ended by itself; for the figures only. None: all did.
+        scores_B: a raw score each, any scale: they are whitened over the iteration. `missing_eos_penalty` is not taken
+            off them.
+        stopped_B: bool, whether each ended by itself: `truncated_responses: mask` leaves out those that did not. None:
+            all did.
         logprobs: log pi_old of each response token in nats, at `ppo.temperature`, under the policy that sampled. None:
             they are computed with the policy as it is, which is right for responses that it has just sampled.
     """

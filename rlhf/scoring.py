@@ -8,9 +8,10 @@ raw scores: whitening comes later, and weights are in units of them. B = respons
 """
 
 import hashlib
+import logging
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,8 @@ from reward.combine import combine
 from reward.ensemble import read_ensemble
 from rlhf.reward_functions import call_function, load_function, try_out
 from rlhf.samples import Prompt
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,15 @@ class Scoring:
     def try_out(self, prompt: Prompt, chat_format: ChatFormat) -> None:
         """Call every function once, on a prompt of the run, before anything is trained or sampled."""
         try_out(self.functions, prompt, chat_format)
+
+    def warn_untagged(self, is_safety: Iterable[bool]) -> None:
+        """A warning where the piecewise rule has no tagged prompt to go by: a file without the field reads as none."""
+        if self.settings.reward_combination == "piecewise" and self.models and not any(is_safety):
+            logger.warning(
+                "prompt_files: no prompt has is_safety: true, so the safety model decides only where R_s < %g; tag the"
+                " prompts that may draw unsafe answers",
+                self.settings.safety_threshold,
+            )
 
     def scores(
         self,

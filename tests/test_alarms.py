@@ -52,6 +52,7 @@ def test_a_healthy_run_is_silent():
         ("safety_share", "prompts/ordinary_unsafe", [0.3, 0.1, 0.08, 0.0], 4),  # 0.12 < 0.15; step 3: 0.16
         ("value_model", "value/explained_variance", [-2.0, *[0.0] * 12], 11),  # judged once 10 have passed
         ("first_ratio", "policy/first_ratio_error", [1e-6, 2e-4], 2),
+        ("sampler_gap", "sampler/logprob_gap", [9e-5, 2e-4], 2),
         ("skipped_steps", "optim/skipped_steps", [0, 1], 2),
     ],
 )
@@ -70,8 +71,10 @@ def test_limits_follow_the_settings():
     assert events(series("policy/kl", [9.0]), Limits(max_kl_nats=10.0)) == [(1, "kl_high", False)]  # 9 > 0.8 * 10
     assert events(series("policy/kl", [7.0]), Limits(max_kl_nats=10.0)) == []
     assert events(series("value/explained_variance", [0.0] * 13), Limits(prompt_baseline=True)) == []
-    off = series("policy/first_ratio_error", [0.05, 0.2])
+    off = series("policy/first_ratio_error", [0.02, 0.05])
     assert events(off, Limits(bf16=True)) == [(2, "first_ratio", False)]
+    off = series("sampler/logprob_gap", [0.05, 0.2])
+    assert events(off, Limits(bf16=True)) == [(2, "sampler_gap", False)]
 
 
 def judged(judge, proxy, figure="eval/judge_combined", **more):

@@ -407,7 +407,7 @@ def test_uncapped_weights_turn_the_samplers_mean_into_the_trainers():
         ({"kl_coef": -0.1}, "kl_coef: -0.1"),
         ({"kl_controller": "pid"}, "neither `fixed` nor `adaptive`"),
         ({"kl_controller": "adaptive"}, "needs kl_target"),
-        ({"kl_controller": "adaptive", "kl_target": 0.0}, "needs kl_target"),
+        ({"kl_controller": "adaptive", "kl_target": 0.0}, "kl_target: 0.0; give a number above 0"),
         ({"kl_controller": "adaptive", "kl_target": 6.0, "kl_coef": 0.0}, "start above 0"),
         ({"kl_controller": "adaptive", "kl_target": 6.0, "kl_horizon": 500}, "below batch_size 512"),
         ({"kl_target": 6.0}, "kl_target has no effect"),
@@ -416,7 +416,6 @@ def test_uncapped_weights_turn_the_samplers_mean_into_the_trainers():
         ({"truncated_responses": "mask", "missing_eos_penalty": 1.0}, "missing_eos_penalty has no effect"),
         ({"importance_cap": 0.5, "bf16": True}, "at least 1, or 0"),
         ({"importance_cap": float("nan"), "bf16": True}, "at least 1, or 0"),
-        ({"importance_cap": 3.0}, "importance_cap has no effect"),
         ({"center_scores": "True"}, "none of `none`, `model` and `prompt`"),
         ({"center_scores": "model", "reward_combination": "mean"}, "center_scores: model is for reward_combination"),
         ({"center_scores": "model", "value_model": "path", "value_model_path": "x"}, "have their zero"),
@@ -433,6 +432,12 @@ def test_uncapped_weights_turn_the_samplers_mean_into_the_trainers():
 def test_settings_that_cannot_work_are_refused(settings, words):
     with pytest.raises(UserError, match=words):
         PPOSettings(**settings)
+
+
+def test_an_importance_cap_without_effect_is_refused_once_the_weights_are_known():
+    with pytest.raises(UserError, match="importance_cap has no effect"):
+        PPOSettings(importance_cap=3.0).check_importance()
+    PPOSettings(importance_cap=3.0, recompute_logprobs=True).check_importance()
 
 
 def test_old_logprobs_are_recomputed_where_the_sampler_differs():

@@ -104,7 +104,9 @@ def test_sequences_by_hand():
 @pytest.mark.parametrize("reference", ["start", "sft"])
 @pytest.mark.parametrize("lora", [False, True])
 def test_a_rollout_equals_plain_one_by_one_computation(paths, reference, lora):
-    settings = settings_for(paths, reference_model=reference, sft_model_path=paths["sft"])
+    settings = settings_for(
+        paths, reference_model=reference, sft_model_path=paths["sft"] if reference == "sft" else None
+    )
     roles = load(paths, settings, use_peft=lora, lora_r=4)
     with torch.no_grad():  # move the policy away from its start, so that a reference that follows it is caught
         for name, p in roles.policy.trained.items():
@@ -594,6 +596,27 @@ def test_the_kl_cap_stops_and_the_best_held_out_policy_is_kept(paths, tmp_path, 
     assert summary["iterations"] < 40
 
 
+def test_no_policy_beyond_the_kl_cap_is_kept(paths, tmp_path, monkeypatch):
+    scores = iter([0.0, 2.0])  # the policy that passed the cap has the better score
+    real = ppo_script.Run.sample
+
+    def sample(self, prompts, seed, k=1, with_values=True):
+        rollout = real(self, prompts, seed, k, with_values)
+        if with_values:
+            return rollout
+        return replace(rollout, scores_B=next(scores) + torch.linspace(-1, 1, len(rollout.scores_B)))
+
+    monkeypatch.setattr(ppo_script.Run, "sample", sample)
+    extra = ("--save_best", "true", "--kl_coef", "0", "--max_kl_nats", "0.000001", "--learning_rate", "0.01")
+    summary = run_ppo(paths, tmp_path, *extra, "--eval_steps", "0", total=20)
+    last = metrics(tmp_path)[-1]
+    assert (summary["stopped_by"], last["eval/combined"]) == ("max_kl_nats", pytest.approx(2.0))
+    assert last["eval/kl"] > 0.000001
+    assert summary["best"]["step"] == 0
+    start = AutoModelForCausalLM.from_pretrained(paths["policy"])
+    assert torch.equal(final_weights(tmp_path), torch.cat([p.detach().flatten() for p in start.parameters()]))
+
+
 def test_alarms_are_said_and_kept(paths, tmp_path, caplog):
     summary = run_ppo(paths, tmp_path, "--max_kl_nats", "0.000001", "--learning_rate", "0.01", total=20)
     (alarm,) = [alarm for alarm in summary["alarms"] if alarm["alarm"] == "kl_high"]
@@ -718,6 +741,29 @@ def test_scores_centered_by_prompt_do_not_depend_on_a_prompts_zero(paths, tmp_pa
     assert not torch.allclose(weights("plain_shifted"), plain, atol=1e-3)
 
 
+def test_scores_of_a_function_alone_are_centered_by_prompt(paths, tmp_path):
+    """A reward of one's own with the baseline of RLOO."""
+    alone = paths | {"helpfulness": "", "safety": ""}
+    extra = ("--reward_functions", "docs.examples.short_answers:brevity", "--value_model", "policy",
+             "--responses_per_prompt", "2")  # fmt: skip
+    run_ppo(alone, tmp_path / "run", *extra, "--center_scores", "prompt", total=1)
+    row = metrics(tmp_path / "run")[1]
+    assert row["reward/combined"] == row["reward/brevity"] < 0
+    run_ppo(alone, tmp_path / "plain", *extra, total=1)
+    assert not torch.equal(final_weights(tmp_path / "run"), final_weights(tmp_path / "plain"))
+    with pytest.raises(UserError, match="center_scores: model is for two reward models, not for reward_functions"):
+        run_ppo(alone, tmp_path / "model", *extra, "--center_scores", "model", total=1)
+
+
+def test_a_run_without_tagged_prompts_says_so(paths, tmp_path, caplog):
+    rows = [row | {"is_safety": False} for row in prompt_rows(24)]
+    run_ppo(paths | {"prompts": write_rows(tmp_path / "plain.jsonl", rows)}, tmp_path / "plain", total=1)
+    assert "no prompt has is_safety: true, so the safety model decides only where R_s < 0.15" in caplog.text
+    caplog.clear()
+    run_ppo(paths, tmp_path / "tagged", total=1)
+    assert "is_safety" not in caplog.text
+
+
 def test_centered_values_start_from_the_helpfulness_models_own_zero(paths, tmp_path):
     """The value model's head reads raw helpfulness scores: their mean must become 0 on the whitened, centered scale."""
     run_ppo(paths, tmp_path, "--center_scores", "model", "--save_steps", "1", total=1)
@@ -828,6 +874,12 @@ def test_user_mistakes(paths, tmp_path):
         settings_for(paths, batch_size=10)
     with pytest.raises(UserError, match="needs sft_model_path"):
         settings_for(paths, reference_model="sft")
+    with pytest.raises(UserError, match="sft_model_path has no effect with reference_model: start"):
+        settings_for(paths, sft_model_path=paths["sft"])
+    with pytest.raises(UserError, match="lora_dropout must be 0 for PPO"):
+        load(paths, settings_for(paths), use_peft=True, lora_dropout=0.1)
+    with pytest.raises(UserError, match="gold: simulated scores held-out responses; it needs eval_prompt_file"):
+        settings_for(paths, gold="simulated")
     with pytest.raises(UserError, match="safety_model_path"):
         Scoring(replace(settings_for(paths), safety_model_path=""))
     with pytest.raises(UserError, match="value_model: helpfulness needs helpfulness_model_path"):
@@ -838,6 +890,35 @@ def test_user_mistakes(paths, tmp_path):
         settings_for(paths, eval_prompts=0)
     with pytest.raises(UserError, match="neither `simulated` nor `none`"):
         settings_for(paths, gold="true")
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong", "range_"),
+    [
+        ("mini_batch_size", 0, "1 or more"),
+        ("ppo_epochs", 0, "1 or more"),
+        ("responses_per_prompt", 0, "1 or more"),
+        ("max_prompt_tokens", 0, "1 or more"),
+        ("eval_steps", -1, "0 or more"),
+        ("learning_rate", -1.0, "0 or more"),
+        ("value_coef", math.nan, "0 or more"),
+        ("missing_eos_penalty", -1.0, "0 or more"),
+        ("kl_coef", math.inf, "0 or more"),
+        ("clip_range", 0.0, "a number above 0"),
+        ("max_kl_nats", -1.0, "a number above 0"),
+        ("temperature", 0.0, "a number above 0"),
+        ("adam_beta1", 1.0, "0 to below 1"),
+        ("gamma", 2.0, "0 to 1"),
+        ("gae_lambda", -0.1, "0 to 1"),
+    ],
+)
+def test_numbers_have_ranges(paths, name, wrong, range_):
+    with pytest.raises(UserError, match=f"^{name}: {wrong}; give {range_}$"):
+        settings_for(paths, **{name: wrong})
+
+
+def test_the_ends_of_ranges_are_inside(paths):
+    settings_for(paths, gamma=1.0, gae_lambda=0.0, adam_beta1=0.0, learning_rate=0.0, value_clip_range=0.0)
 
 
 def test_the_token_budget_is_the_devices_unless_chosen():
@@ -862,7 +943,9 @@ def test_fewer_iterations_than_are_done_is_a_mistake(paths, tmp_path):
 
 
 def test_bfloat16_weights_have_their_old_logprobs_recomputed(paths, tmp_path):
-    run_ppo(paths, tmp_path, "--dtype", "bfloat16", total=1)
+    with pytest.raises(UserError, match="importance_cap has no effect"):
+        run_ppo(paths, tmp_path, "--importance_cap", "3", total=1)
+    run_ppo(paths, tmp_path, "--dtype", "bfloat16", "--importance_cap", "3", total=1)
     row = metrics(tmp_path)[1]
     assert 0 < row["sampler/logprob_gap"] < 0.1  # bfloat16 rounds the cached forward otherwise
     assert row["policy/first_ratio_error"] < 1e-3
