@@ -19,7 +19,9 @@ in turn, each round in fresh processes. Figures are medians of processor seconds
 process: other work on the machine hardly touches them. Memory is the peak of a process above what it held with all
 libraries loaded.
 
-`--bf16` is given to both sides: trl accepts it and computes in float32 all the same. The check is always in float32.
+`--bf16` is given to both sides: trl accepts it and computes in float32 all the same. `--value_model trunk` takes our
+values from a head on the policy's own hidden states, a model less than trl's: what a user saves by it, not the same
+computation. The check is always in float32 and with the value model that trl has.
 The last line is one JSON object: by mode `ratio` of the episodes/s, `memory_ratio`, both sides' figures and the split
 of their time.
 """
@@ -79,7 +81,7 @@ class Ours:
         self.ppo = PPOSettings(
             helpfulness_model_path=task.model("helpfulness"), safety_model_path=task.model("safety"),
             max_new_tokens=task.max_new_tokens, batch_size=batch, mini_batch_size=batch, ppo_epochs=task.epochs,
-            bf16=task.bf16,
+            bf16=task.bf16, value_model=task.value_model,
             token_budget=token_budget(task.token_budget, self.accelerator.device, task.bf16),
             learning_rate=task.learning_rate,
             value_learning_rate=task.learning_rate, weight_decay=task.weight_decay, kl_coef=task.kl_coef, **options,
@@ -141,7 +143,8 @@ def check_equal(task: Task, environment: Path) -> dict[str, float]:
     """
     with tempfile.TemporaryDirectory() as scratch:
         record = str(Path(scratch, "record.safetensors"))
-        task = replace(task, iterations=0, epochs=1, bf16=False, learning_rate=1e-4, weight_decay=0.0, record=record)
+        task = replace(task, iterations=0, epochs=1, bf16=False, learning_rate=1e-4, weight_decay=0.0, record=record,
+                       value_model="helpfulness")  # fmt: skip
         run_child("peer", task, environment)
         theirs = load_file(record)
     ours = Ours(task, max_grad_norm=1e9)
@@ -265,6 +268,7 @@ def main(arguments: argparse.Namespace) -> None:
                 task = Task(
                     folder, prompts, lengths, kind == "lora", arguments.epochs, arguments.iterations, arguments.tokens,
                     seed=round_, bf16=arguments.bf16, token_budget=arguments.token_budget,
+                    value_model=arguments.value_model,
                 )  # fmt: skip
                 if round_ == 0:
                     checks[mode] = check_equal(task, environment)
@@ -294,7 +298,7 @@ def main(arguments: argparse.Namespace) -> None:
             for mode, sides in results.items()
         },
         **{name: getattr(arguments, name) for name in ("epochs", "batch", "tokens", "rounds", "iterations", "bf16",
-                                                       "token_budget", "peer_micro_batch")},
+                                                       "token_budget", "peer_micro_batch", "value_model")},
         "trl": TRL, "prompts": sorted(data),
     }))  # fmt: skip
 
@@ -311,6 +315,7 @@ if __name__ == "__main__":
     parser.add_argument("--peer_micro_batch", type=int, default=0, help="rows of trl's training forward; 0: all")
     parser.add_argument("--bf16", action="store_true", help="on both sides; trl ignores it")
     parser.add_argument("--token_budget", type=int, default=0, help="of our micro-batches; 0: the default")
+    parser.add_argument("--value_model", choices=("helpfulness", "policy", "trunk"), default="helpfulness")
     parser.add_argument("--only", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.only:

@@ -45,6 +45,7 @@ class Task:
     weight_decay: float = 0.1
     bf16: bool = False  # trl takes the same option and leaves it without effect
     token_budget: int = 0  # of our micro-batches; 0: the default
+    value_model: str = "helpfulness"  # of ours; trl has no other
     record: str = ""  # file for what the first iteration computed
 
     def save(self, path: Path) -> Path:

@@ -404,16 +404,22 @@ def test_a_checkpoint_of_another_run_is_not_continued_in_silence(paths, tmp_path
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("lora", [False, True])
-def test_a_run_killed_again_and_again_is_the_undisturbed_one(paths, tmp_path, lora):
+@pytest.mark.parametrize("kind", ["full", "LoRA", "adaptive KL, masks, judges", "centered by prompt"])
+def test_a_run_killed_again_and_again_is_the_undisturbed_one(paths, tmp_path, kind):
     """SIGKILL at random moments of any phase, the same command each time."""
-    extra = ("--save_best", "true", "--save_steps", "1", *(("--use_peft", "true", "--lora_r", "4") if lora else ()))
+    judges = ("--judge_helpfulness_model_path", paths["safety"], "--judge_safety_model_path", paths["helpfulness"])
+    extra = {"full": (), "LoRA": ("--use_peft", "true", "--lora_r", "4"),
+             "adaptive KL, masks, judges": (*ADAPTIVE, *judges),
+             "centered by prompt": ("--center_scores", "prompt", "--responses_per_prompt", "2",
+                                    "--value_model", "trunk")}[kind]  # fmt: skip
+    paths = of_objective(paths, ADAPTIVE if "adaptive" in kind else ())
+    extra = ("--save_best", "true", "--save_steps", "1", *extra)
     run_ppo(paths, tmp_path / "straight", *extra, total=8)
     here = Path(__file__).resolve().parent
     code = f"from test_ppo import run_ppo\nrun_ppo({paths!r}, {str(tmp_path / 'killed')!r}, *{extra!r}, total=8)\n"
     found = os.pathsep.join([str(here.parent), str(here), os.environ.get("PYTHONPATH", "")])
     found = {**os.environ, "PYTHONPATH": found, "OMP_NUM_THREADS": "1"}
-    moments = random.Random(int(lora))
+    moments = random.Random(kind)
     settings_file = tmp_path / "killed" / "settings.yaml"
     starts = 0
     while True:
@@ -436,6 +442,18 @@ def test_a_run_killed_again_and_again_is_the_undisturbed_one(paths, tmp_path, lo
     assert torch.equal(final_weights(tmp_path / "straight"), final_weights(tmp_path / "killed"))
     samples = [(tmp_path / name / "samples.jsonl").read_text() for name in ("straight", "killed")]
     assert samples[0] == samples[1]
+    one, other = (tmp_path / name / "checkpoint-8" for name in ("straight", "killed"))
+    assert sorted(path.name for path in one.iterdir()) == sorted(path.name for path in other.iterdir())
+    for path in one.glob("*.safetensors"):  # policy, value model, moments of the optimizer
+        ours, theirs = load_file(path), load_file(other / path.name)
+        assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+    states = [json.loads((folder / "state.json").read_text()) for folder in (one, other)]
+    for state in states:
+        timed = [key for key in state["figures"] if key.startswith(("time", "memory"))]
+        assert timed
+        for key in timed:
+            del state["figures"][key]
+    assert states[0] == states[1]  # beta, units, zeros, the judge's start, alarms
 
 
 def test_prompts_pass_through_all_before_any_comes_again():
