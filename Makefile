@@ -44,4 +44,5 @@ test: lint
 	$(TEST_ENV) $(BIN)/python -m pytest -n 2 -m 'not slow'
 
 test-all: lint
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[quantized]'
 	$(TEST_ENV) $(BIN)/python -m pytest -n 2

@@ -139,6 +139,47 @@ def test_the_script_trains_four_bits_end_to_end(base, tmp_path):
 
 
 @needs_package
+def test_roles_on_a_4_bit_base_are_those_of_the_plain_model_it_stands_for(base, tmp_path):
+    """All five: policy and reference (fresh adapters), value and both reward models (adapters of their own)."""
+    tokenizer = load_tokenizer(base)
+    for seed, name in enumerate(("helpfulness", "safety")):
+        torch.manual_seed(seed)
+        tuned = add_lora(create_reward_model(base, tokenizer, seed=seed), 4, 8, 0.0, None)
+        with torch.no_grad():
+            for weight_name, weight in tuned.named_parameters():
+                if "lora_B" in weight_name:
+                    weight.normal_(std=0.1)
+        save_reward_model(tuned, tokenizer, tmp_path / name, "card")
+
+    def roles_on(model_path, four_bits):
+        folders = {}
+        for name in ("helpfulness", "safety"):  # the same adapter, said to be of this base
+            folder = shutil.copytree(tmp_path / name / "adapter", tmp_path / f"{name}-{four_bits}")
+            described = json.loads((folder / "adapter_config.json").read_text())
+            described["base_model_name_or_path"] = str(model_path)
+            (folder / "adapter_config.json").write_text(json.dumps(described))
+            folders[f"{name}_model_path"] = str(folder)
+        ppo = PPOSettings(batch_size=8, mini_batch_size=4, max_new_tokens=5, token_budget=200, **folders)
+        model = ModelSettings(model_name_or_path=str(model_path), use_peft=True, lora_r=4, load_in_4bit=four_bits)
+        return load_roles(ppo, model, tokenizer, CPU, 0), ppo
+
+    def rolled(roles, ppo):
+        prompts = [Prompt([], [1, 40 + i, 50]) for i in range(8)]
+        return collect(roles, prompts, ppo, load_chat_format(tokenizer), tokenizer.pad_token_id, range(8), CPU)
+
+    four, ppo = roles_on(base, four_bits=True)
+    ours = rolled(four, ppo)
+    with four.policy.acting():
+        save_policy(four.policy.model, tokenizer, tmp_path / "plain", "card")  # the adapter is still the identity
+    theirs = rolled(*roles_on(tmp_path / "plain", four_bits=False))
+    assert ours.responses == theirs.responses
+    for name in ("logprobs_BR", "reference_logprobs_BR", "values_BR", "raw"):
+        torch.testing.assert_close(getattr(ours, name), getattr(theirs, name), atol=1e-4, rtol=1e-4)
+    assert (ours.raw["helpfulness"] - ours.raw["safety"]).abs().min() > 1e-3
+    assert ours.values_BR.std() > 0.01
+
+
+@needs_package
 def test_ppo_on_a_4_bit_base_trains_adapters_and_saves_the_plain_model_it_was(base, tmp_path):
     tokenizer = load_tokenizer(base)
     adapters = {}
