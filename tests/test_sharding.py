@@ -116,8 +116,8 @@ def most_gathered(model):
 def joined(rank, folder):
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     yield
-    dist.barrier()  # gloo aborts a process whose partner leaves before it is done
-    dist.destroy_process_group()
+    dist.barrier()
+    os._exit(0)  # gloo's threads, which DeepSpeed keeps, now and then abort a process that ends in the plain way
 
 
 def differing_forwards(rank, folder, environment):
