@@ -73,6 +73,13 @@ class PPOSettings(ScoringSettings):
         default=32_768,
         metadata={"help": "Prompt and response tokens that the sampler's cache holds; fewer: less memory."},
     )
+    gather_weights: bool = field(
+        default=True,
+        metadata={
+            "help": "Under FSDP2 or ZeRO-3: bring sharded weights together once an iteration to sample and score; "
+            "false: layer by layer at every forward, each decoded token too, for models that no GPU holds whole."
+        },
+    )
     learning_rate: float = field(default=1e-6, metadata={"help": "Constant learning rate of the policy."})
     value_learning_rate: float = field(default=9e-6, metadata={"help": "Constant learning rate of the value model."})
     weight_decay: float = field(default=0.1, metadata={"help": "AdamW weight decay, of matrices only."})
@@ -267,6 +274,11 @@ class PPOSettings(ScoringSettings):
         if self.sampling_engine not in ("in_process", "continuous_batching"):
             raise UserError(
                 f"sampling_engine: {self.sampling_engine!r} is neither `in_process` nor `continuous_batching`"
+            )
+        if not self.gather_weights and self.sampling_engine != "in_process":
+            raise UserError(
+                f"gather_weights: false samples in lockstep, which sampling_engine: {self.sampling_engine} does not; "
+                "use in_process"
             )
         if self.importance_cap != 0 and not 1.0 <= self.importance_cap < float("inf"):
             raise UserError(f"importance_cap: {self.importance_cap}; give at least 1, or 0 for no weights")

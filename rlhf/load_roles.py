@@ -26,7 +26,7 @@ def load_roles(ppo: PPOSettings, model_settings: ModelSettings, tokenizer: Any, 
 
     Raises UserError where a model is missing, is not what its field asks for, or reads ids by another tokenizer.
     """
-    sharded = sharding.wanted()
+    sharded = sharding.wanted(ppo.gather_weights)
     if sharded and model_settings.load_in_4bit:
         raise UserError("load_in_4bit: 4-bit weights are not sharded; launch without FSDP or DeepSpeed")
     if ppo.value_model == "helpfulness" and not ppo.helpfulness_model_path:
@@ -41,15 +41,16 @@ def load_roles(ppo: PPOSettings, model_settings: ModelSettings, tokenizer: Any, 
     roles = load(ppo, model_settings, tokenizer, torch.device(device), seed).roles()
     check_plain_head(roles.policy.model)
     for role in (roles.policy, roles.reference, roles.value, *roles.reward_models.values()):
-        role.model.to(device)
         own = role.adapters.model if role.adapters else role.model
         if ppo.bf16 and torch.device(device).type == "cpu" and not isinstance(own, BorrowedBackbone):
             attend_in_float32(unwrap(own))
         if ppo.gradient_checkpointing and role.trained and not isinstance(own, BorrowedBackbone):
             unwrap(own).gradient_checkpointing_enable({"use_reentrant": False})
             own.train()
-        if sharded:  # one after the other: no GPU ever holds more than one model whole
-            sharding.shard(role.model)
+        if sharded:  # from the CPU's memory: no GPU ever holds more than a layer whole
+            sharding.shard(role.model, torch.device(device), ppo.gather_weights)
+        else:
+            role.model.to(device)
     if sharded:
         roles.refresh()
     return roles

@@ -16,7 +16,7 @@ Decisions that are easy to get wrong and therefore live in one place:
 import hashlib
 import logging
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ import torch
 import yaml
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -229,20 +230,22 @@ def merged_state_dict(model: PreTrainedModel | PeftModel) -> tuple[PreTrainedMod
     4-bit weights are what they stand for, in the dtype they were quantised from; the model to save is then a plain one.
     """
     base: PreTrainedModel = unwrap(model)
+    state = merged_weights(base)
+    return (unquantized(base, state) if is_quantized(base) else base), state
+
+
+def merged_weights(base: PreTrainedModel, only: Container[nn.Module] | None = None) -> dict[str, torch.Tensor]:
+    """The second of `merged_state_dict`, or what of it stands in the modules `only`: the others may be in parts."""
+    modules = [(name, x) for name, x in base.named_modules(remove_duplicate=False) if only is None or x in only]
     # Not state_dict(): it would give the parts of sharded weights, also where they are gathered.
-    kept = {
-        f"{prefix}.{name}" if prefix else name: buffer
-        for prefix, module in base.named_modules()
-        for name, buffer in module.named_buffers(recurse=False)
-        if name not in module._non_persistent_buffers_set
-    }
     state = {
-        name.replace(".base_layer.", "."): tensor.detach()
-        for name, tensor in [*base.named_parameters(remove_duplicate=False), *kept.items()]
-        if "lora_" not in name
+        f"{prefix}.{name}".removeprefix(".").replace(".base_layer.", "."): tensor.detach()
+        for prefix, module in modules
+        for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+        if "lora_" not in f"{prefix}.{name}" and name not in module._non_persistent_buffers_set
     }
     with torch.no_grad():
-        for name, module in base.named_modules():
+        for name, module in modules:
             if isinstance(module, LoraLayer):
                 weight = dense_weight(module.get_base_layer())
                 # one base may carry adapters of other roles on layers that the acting one leaves alone
@@ -251,16 +254,24 @@ def merged_state_dict(model: PreTrainedModel | PeftModel) -> tuple[PreTrainedMod
                 state[f"{name}.weight"] = (weight.float() + delta).to(weight.dtype).cpu()
             elif is_four_bit(module) and not name.endswith(".base_layer"):
                 state[f"{name}.weight"] = dense_weight(module).cpu()
-    return (unquantized(base, state) if is_quantized(base) else base), state
+    return state
 
 
 def save_policy(
-    model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path, card: str
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: str | Path,
+    card: str,
+    weights: dict[str, torch.Tensor] | None = None,
+    adapter: dict[str, torch.Tensor] | None = None,
 ) -> Path:
-    """Write `folder` as a model that `AutoModelForCausalLM` loads, `card` as its README.md; returns the folder."""
+    """Write `folder` as a model that `AutoModelForCausalLM` loads, `card` as its README.md; returns the folder.
+
+    Of a sharded model the `weights` are given (rlhf/sharding.py, `merged`), under LoRA those of the `adapter` too.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    base, state = merged_state_dict(model)
+    base, state = merged_state_dict(model) if weights is None else (unwrap(model), weights)
     chat_format = load_chat_format(tokenizer)
     base.generation_config = GenerationConfig(  # Llama 2's chat defaults (recipe sheet, section 8)
         do_sample=True,
@@ -276,7 +287,7 @@ def save_policy(
     if sentencepiece := sentencepiece_file(tokenizer):  # Llama 2's exact ids need it, and save_pretrained leaves it out
         shutil.copyfile(sentencepiece, folder / "tokenizer.model")
     if isinstance(model, PeftModel):
-        lora = {name: p.detach() for name, p in model.named_parameters() if "lora_" in name}
+        lora = adapter or {name: p.detach() for name, p in model.named_parameters() if "lora_" in name}
         # of several on one base: the policy's
         model.save_pretrained(folder / "adapter", selected_adapters=["default"], state_dict=lora)
     (folder / "README.md").write_text(card, encoding="utf-8")

@@ -31,6 +31,7 @@ class Plan:
     checkpointing: bool
     token_budget: int
     shards: int  # processes that share weights, gradients and states; 1: every process has all
+    gather: bool  # sharded weights come together for sampling and scoring
     responses: int  # of this process and iteration
     per_prompt: int  # of them, to one prompt
     prompt_tokens: int  # longest
@@ -198,11 +199,11 @@ def matrix_work_bytes(plan: Plan) -> float:
 
 
 def gathered_layer_bytes(plan: Plan) -> float:
-    """Sharded weights: one layer whole, and the next one on its way."""
+    """Sharded weights: one layer whole, the next one on its way, and the embeddings, unless they are the head."""
     if plan.shards == 1:
         return 0.0
-    width = NF4_BYTES if plan.lora and plan.four_bit else stream_width(plan)
-    return 2 * width * plan.shape.linear_parameters / plan.shape.layers
+    embeddings = 0 if plan.shape.tied else plan.shape.head_parameters
+    return stream_width(plan) * (2 * plan.shape.linear_parameters / plan.shape.layers + embeddings)
 
 
 def rows_and_columns(plan: Plan) -> tuple[int, int]:
@@ -227,7 +228,8 @@ def phase_bytes(plan: Plan, policy_weights: float) -> dict[str, float]:
     scored = plan.token_budget * own // (plan.prompt_tokens + own)
     forward = layer_work_bytes(plan, backward=False)
     moved = matrix_work_bytes(plan) if plan.lora else 0.0
-    whole = policy_weights * (1 - 1 / plan.shards)  # gathered for every phase without gradients
+    # Phases without gradients: all weights gathered for each, or layer by layer.
+    whole = policy_weights * (1 - 1 / plan.shards) if plan.gather else gathered_layer_bytes(plan)
     sampling = whole + cache_bytes(plan) + moved
     sampling += max(fed * forward, 4 * 4.0 * rows * shape.vocabulary)
     states = plan.token_budget * stream_width(plan) * shape.hidden  # hidden states after the last layer
@@ -257,3 +259,11 @@ def update_bytes(plan: Plan, scored: int) -> float:
 def resident_bytes(plan: Plan, roles: list[Role]) -> float:
     """What the roles hold at all times on one process."""
     return sum(role.total for role in roles) / plan.shards
+
+
+def loading_bytes(plan: Plan, roles: list[Role]) -> float:
+    """CPU memory of one process while it loads: every model whole, before it is split and goes to the GPU.
+
+    4-bit weights are quantised on the GPU, one at a time.
+    """
+    return sum(role.weights for role in roles if not (plan.four_bit and role.name == "base"))

@@ -75,14 +75,17 @@ def weight_bytes_read(plan: Plan) -> float:
 
 
 def decode_seconds(plan: Plan, work: Work, device: Device) -> float:
-    """Responses decode in waves of as many rows as the cache holds; a step is bound by bandwidth or by FLOPs."""
+    """Responses decode in waves of as many rows as the cache holds; a step is bound by bandwidth or by FLOPs.
+
+    Weights that stay in parts come together at every step, which all rows share; nothing is taken to overlap with it.
+    """
     rows, _ = rows_and_columns(plan)
     steps = plan.responses * work.mean_response / rows
     context = work.mean_prompt + work.mean_response / 2
     read = weight_bytes_read(plan) + rows * context * plan.shape.kv_bytes(stream_width(plan))
     computed = rows * forward_flops(plan, context, True)
     step = max(read / (device.bandwidth * device.bandwidth_utilisation), computed / (device.flops * device.utilisation))
-    return steps * step
+    return steps * (step if plan.gather else step + gather_seconds(plan, device))
 
 
 def gather_seconds(plan: Plan, device: Device) -> float:
@@ -93,8 +96,8 @@ def gather_seconds(plan: Plan, device: Device) -> float:
 
 
 def iteration_seconds(plan: Plan, work: Work, device: Device) -> dict[str, float]:
-    """Seconds by phase. Sharded weights are gathered for each micro-batch's forward and backward, once by the phases
-    without gradients.
+    """Seconds by phase. Sharded weights are gathered for each micro-batch's forward and backward, by the phases without
+    gradients once, or where they stay in parts for every forward.
     """
     speed = device.flops * device.utilisation
     micro_batches = -(-plan.responses * tokens_per_response(plan, work) // plan.token_budget)
@@ -102,12 +105,14 @@ def iteration_seconds(plan: Plan, work: Work, device: Device) -> dict[str, float
     prefill = (
         plan.responses / plan.per_prompt * work.mean_prompt * forward_flops(plan, work.mean_prompt / 2, False) / speed
     )
+    feeds = 1 if plan.gather else -(-plan.responses / plan.per_prompt * work.mean_prompt // plan.feed_tokens)
+    scored = 1 if plan.gather else micro_batches
     models = 1 if work.one_trunk else 2
     passes = 2 + plan.checkpointing  # gathers of a micro-batch's update: forward, backward, recomputation
     return {
-        "sample": prefill + decode_seconds(plan, work, device) + gather,
-        "score": work.scorers * (pass_flops(plan, work, False) / speed + gather),
-        "log-probs": work.logprob_passes * (pass_flops(plan, work, True) / speed + gather)
-        + pass_flops(plan, work, False) / speed + gather,
+        "sample": prefill + decode_seconds(plan, work, device) + feeds * gather,
+        "score": work.scorers * (pass_flops(plan, work, False) / speed + scored * gather),
+        "log-probs": work.logprob_passes * (pass_flops(plan, work, True) / speed + scored * gather)
+        + pass_flops(plan, work, False) / speed + scored * gather,
         "update": update_flops(plan, work) / speed + work.epochs * models * passes * micro_batches * gather,
     }  # fmt: skip

@@ -57,7 +57,7 @@ from rlhf.draw import sample_seeds
 from rlhf.hardware import peak_memory_mib, token_budget
 from rlhf.judge import held_out_figures, judge
 from rlhf.kl_control import next_kl_coef
-from rlhf.models import data_fingerprint, model_card, save_policy, unwrap
+from rlhf.models import data_fingerprint, decoder_of, model_card, save_policy, unwrap
 from rlhf.tokenizer import load_tokenizer
 from rlhf.ppo_figures import decoded, gold_figures, rollout_figures, sampler_gap, time_figures, value_figures
 from rlhf.prompts import prompts_of, read_encoded
@@ -67,6 +67,7 @@ from rlhf.run import RunFolder
 from rlhf.sampler import prompt_room
 from rlhf.samples import Prompt
 from rlhf.scoring import Scoring
+from rlhf.sharding import is_sharded, merged
 from rlhf.summary import read_rows
 from rlhf.update import NotFinite, make_optimizer, update
 
@@ -260,11 +261,17 @@ class Run:
 
     def save_model(self, name: str, results: dict[str, Any]) -> None:
         """Write the policy to `output_dir/name`, whole or not at all."""
-        with self.roles.policy.whole() as policy:
-            if self.accelerator.is_main_process:
+        policy, main = self.roles.policy, self.accelerator.is_main_process
+        with policy.acting():
+            weights = adapter = None
+            if is_sharded(decoder_of(policy.model).parameters()):
+                weights = merged(policy.model, keep=main)
+                adapter = whole_tensors(policy.trained, keep=main) if policy.adapters else None
+            if main:
                 files = [*self.ppo.prompt_files, *([self.ppo.eval_prompt_file] if self.ppo.eval_prompt_file else [])]
                 card = model_card("ppo", self.folder.settings, {f: data_fingerprint(f) for f in files}, results)
-                partial = save_policy(policy, self.tokenizer, self.folder_path / f".{name}.partial", card)
+                partial = self.folder_path / f".{name}.partial"
+                save_policy(policy.model, self.tokenizer, partial, card, weights, adapter)
                 replace_folder(partial, self.folder_path / name)
         self.accelerator.wait_for_everyone()
 

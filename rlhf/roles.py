@@ -23,7 +23,7 @@ from rlhf.hardware import mixed_precision
 from rlhf.losses import token_logprobs
 from rlhf.models import unwrap
 from rlhf.sequences import Sequences
-from rlhf.sharding import gathered
+from rlhf.sharding import at_own_pace, gathered
 
 
 @dataclass
@@ -41,8 +41,11 @@ class Role:
 
     @contextmanager
     def whole(self) -> Iterator[Any]:
-        """As `acting`, with sharded weights gathered: many forwards without traffic. Gives the model."""
-        with self.acting(), gathered(self.model):
+        """As `acting`, for many forwards without gradients: sharded weights are gathered, or processes go in lockstep.
+
+        Gives the model.
+        """
+        with self.acting(), at_own_pace(self.model):
             yield self.model
 
 

@@ -28,8 +28,9 @@ from configs.whole_files import replace_file, writing
 from rlhf.claims import claim
 
 TRACKERS = ("tensorboard", "wandb", "trackio")
-# Where or how often a run writes does not change its results, so a changed value does not make it another run.
-NOT_COMPARED = ("output_dir", "report_to", "logging_steps", "resume", "processes")
+# Where or how often a run writes, or how GPUs share its work, does not change its results, so a changed value does not
+# make it another run.
+NOT_COMPARED = ("output_dir", "report_to", "logging_steps", "resume", "processes", "gather_weights")
 
 
 class RunFolder:

@@ -6,8 +6,9 @@ own checkpoints are pickled. Loaded only where it is launched with: deepspeed is
 """
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
@@ -62,18 +63,52 @@ def shard(modules: Iterable[nn.Module]) -> None:
 
 
 @contextmanager
-def gathered(module: nn.Module) -> Iterator[None]:
-    """Inside, every process holds all weights of `module`, without the engine's hooks, which would give them up."""
+def whole_inside(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Inside, every process holds all of those that are in parts."""
+    parts = [p for p in parameters if is_part(p)]
+    if not parts:
+        yield
+        return
     import deepspeed
 
-    modules = list(module.modules())
-    with deepspeed.zero.GatheredParameters([p for p in module.parameters() if is_part(p)]):
-        hooks = [_swap_hooks(m, ({}, {})) for m in modules]
-        try:
-            yield
-        finally:
-            for own, kept in zip(modules, hooks, strict=True):
-                _swap_hooks(own, kept)
+    with deepspeed.zero.GatheredParameters(parts):
+        yield
+
+
+@contextmanager
+def gathered(module: nn.Module) -> Iterator[None]:
+    """Inside, every process holds all weights of `module`, without the engine's hooks, which would give them up."""
+    with whole_inside(module.parameters()), _without_hooks(module):
+        yield
+
+
+@contextmanager
+def by_layer(module: nn.Module, layers: Collection[nn.Module]) -> Iterator[None]:
+    """Inside, each of `layers` is whole for its own forwards, what belongs to none of them all the time.
+
+    No gradients: the engine's hooks are off. They gather matrix by matrix and ahead, in the order of the last forward,
+    which is not the same on every process.
+    """
+    within = {p for layer in layers for p in layer.parameters()}
+
+    opened: dict[nn.Module, AbstractContextManager[None]] = {}
+
+    @torch.inference_mode(False)  # scores are computed under it, and a weight that it has touched cannot be trained
+    @torch.no_grad()
+    def gather(layer: nn.Module, *_: Any) -> None:
+        opened[layer] = whole_inside(layer.parameters())
+        opened[layer].__enter__()
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def give_up(layer: nn.Module, *_: Any) -> None:
+        opened.pop(layer).__exit__(None, None, None)
+
+    with whole_inside(p for p in module.parameters() if p not in within), _without_hooks(module):
+        for layer in layers:
+            layer.register_forward_pre_hook(gather)
+            layer.register_forward_hook(give_up)
+        yield
 
 
 @dataclass(frozen=True)
@@ -201,6 +236,18 @@ def _own_part(parameter: Any, value: Tensor) -> Tensor:
 def _gradient(parameter: Any) -> Tensor:
     """This process's part of the gradient, summed over processes; the engine has taken their mean."""
     return parameter._z3_optimizer.get_local_fp32_grad_for_param(parameter) * torch.distributed.get_world_size()
+
+
+@contextmanager
+def _without_hooks(module: nn.Module) -> Iterator[None]:
+    """Inside, the hooks of `module` are off, those of all its modules too; what is put on there is off afterwards."""
+    modules = list(module.modules())
+    hooks = [_swap_hooks(m, (OrderedDict(), OrderedDict())) for m in modules]
+    try:
+        yield
+    finally:
+        for own, kept in zip(modules, hooks, strict=True):
+            _swap_hooks(own, kept)
 
 
 def _swap_hooks(module: Any, hooks: Hooks) -> Hooks:

@@ -44,12 +44,13 @@ REWARD_MODELS = (
 )
 
 ADAPTER = (64, 128)  # rank and scale of the adapters that stand in for a config's
+LAUNCH = r"accelerate launch (?:--config_file \S+ )?"
 by_name = pytest.mark.parametrize("path", RUNS, ids=lambda path: path.stem)
 
 
 def stage_of(path: Path) -> str:
     """The script in the launch command at the top of a config; the command must name this very config."""
-    commands = re.findall(r"^#\s+accelerate launch rlhf/(\w+)\.py --config configs/(\w+\.yaml)", path.read_text(), re.M)
+    commands = re.findall(rf"^#\s+{LAUNCH}rlhf/(\w+)\.py --config configs/(\w+\.yaml)", path.read_text(), re.M)
     assert path.name in [config for _, config in commands], f"{path.name} does not say how to launch it"
     return next(script for script, config in commands if config == path.name)
 
@@ -92,6 +93,8 @@ def with_tiny_models(path: Path, tiny: dict[str, str]) -> list[str]:
         flags += ["--adapter_path", tiny["adapter"]]
     if given.get("load_in_4bit"):
         flags += ["--load_in_4bit", "false"]  # test_four_bits.py has these
+    if given.get("gather_weights") is False:
+        flags += ["--gather_weights", "true"]  # without FSDP or DeepSpeed; test_ppo.py launches so
     for name in REWARD_MODELS:
         if path_given := given.get(name):
             flags += [f"--{name}", tiny["reward_adapter" if path_given.endswith("/adapter") else "reward"]]

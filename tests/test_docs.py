@@ -110,6 +110,22 @@ def test_a_documented_command_parses(file, words):
     assert fault(words) is None
 
 
+def commands_of_configs() -> list[tuple[str, list[str]]]:
+    """(file, words) of every command in the comments of a config; a line that ends in a backslash goes on."""
+    found = []
+    for path in sorted((ROOT / "configs").rglob("*.yaml")):
+        text = re.sub(r"\\\n#", "", path.read_text(encoding="utf-8"))
+        found += [(path.name, shlex.split(line)) for line in re.findall(r"^#\s+(accelerate launch .*)", text, re.M)]
+    return found
+
+
+@pytest.mark.parametrize(
+    ("file", "words"), commands_of_configs(), ids=lambda x: " ".join(x[:6]) if isinstance(x, list) else x
+)
+def test_a_command_at_the_top_of_a_config_parses(file, words):
+    assert fault(words) is None
+
+
 @pytest.mark.parametrize(
     ("command", "message"),
     [

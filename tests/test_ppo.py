@@ -23,7 +23,7 @@ from configs.chat import load_chat_format
 from configs.errors import UserError
 from configs.model_settings import ModelSettings
 from configs.ppo_settings import PPOSettings
-from rlhf import alarms
+from rlhf import alarms, sharding
 from rlhf import ppo as ppo_script
 from rlhf import roles as roles_module
 from rlhf import rollout as rollout_module
@@ -68,6 +68,20 @@ def settings_for(paths, **extra):
 def load(paths, settings, **model):
     torch.manual_seed(0)
     return load_roles(settings, ModelSettings(model_name_or_path=paths["policy"], **model), tiny_tokenizer(), "cpu", 0)
+
+
+def test_models_are_split_in_the_cpus_memory(paths, monkeypatch):
+    """No GPU has room for a whole 70B model; `meta` stands for one."""
+    split = []
+
+    def shard(model, device, gather):
+        split.append(({p.device.type for p in model.parameters()}, device.type, gather))
+
+    monkeypatch.setattr(sharding, "wanted", lambda gather: True)
+    monkeypatch.setattr(sharding, "shard", shard)
+    settings, model = settings_for(paths, gather_weights=False), ModelSettings(model_name_or_path=paths["policy"])
+    load_roles(settings, model, tiny_tokenizer(), "meta", 0)
+    assert split == [({"cpu"}, "meta", False)] * 5
 
 
 def test_frozen_embeddings_train_in_neither_policy_nor_value_model(paths):
@@ -549,8 +563,8 @@ def test_a_killed_run_continues_bit_for_bit(paths, tmp_path, monkeypatch, extra)
 
 
 def of_objective(paths, extra):
-    """Where cut-off responses are masked, some must not be cut off."""
-    return paths | {"policy": paths["ending"]} if extra == ADAPTIVE else paths
+    """Where cut-off responses are masked, some must not be cut off; in lockstep, lengths must differ."""
+    return paths | {"policy": paths["ending"]} if extra == ADAPTIVE or extra[-4:] == IN_PARTS else paths
 
 
 def check_kl_coef(rows, adaptive):
@@ -832,6 +846,8 @@ ZERO3 = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": 
 NO_BUILD = "import deepspeed.ops\ndeepspeed.ops.__compatible_ops__['deepspeed_shm_comm'] = False\n"  # takes minutes
 with_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs deepspeed")
 LORA = ("--use_peft", "true", "--lora_r", "4", "--gradient_checkpointing", "true")
+# A few rows at a time, so that responses of different lengths make for different numbers of forwards.
+IN_PARTS = ("--sampling_token_budget", "64", "--gather_weights", "false")
 
 
 def run_on_two(paths, script, output, *extra, environment, total):
@@ -857,14 +873,19 @@ def run_on_two(paths, script, output, *extra, environment, total):
         (FSDP2, LORA),
         pytest.param(ZERO3, (), marks=with_deepspeed),
         pytest.param(ZERO3, LORA, marks=with_deepspeed),
+        (FSDP2, IN_PARTS),
+        (FSDP2, LORA + IN_PARTS),
+        pytest.param(ZERO3, IN_PARTS, marks=with_deepspeed),
+        pytest.param(ZERO3, LORA + IN_PARTS, marks=with_deepspeed),
     ],
-    ids=["copies", "masked copies", "sharded", "sharded LoRA", "ZeRO-3", "ZeRO-3 LoRA"],
-)
+    ids=["copies", "masked copies", "sharded", "sharded LoRA", "ZeRO-3", "ZeRO-3 LoRA", "in parts", "in parts LoRA",
+         "ZeRO-3 in parts", "ZeRO-3 in parts LoRA"],
+)  # fmt: skip
 def test_two_processes_reach_what_one_does(paths, tmp_path, environment, extra):
     """Uneven shares included: 9 held-out prompts. Adam's epsilon keeps rounding in tiny gradients from growing."""
     paths = of_objective(paths, extra)
     extra = ("--eval_prompts", "9", "--adam_epsilon", "0.01", "--gold", "simulated", "--save_steps", "1", *extra)
-    run_ppo(paths, tmp_path / "one", *extra, total=2)
+    run_ppo(paths, tmp_path / "one", *(extra[:-2] if extra[-4:] == IN_PARTS else extra), total=2)
     run_on_two(paths, tmp_path / "two.py", tmp_path / "two", *extra, environment=environment, total=1)
     run_on_two(paths, tmp_path / "two.py", tmp_path / "two", *extra, environment=environment, total=2)  # goes on
     world = json.loads((tmp_path / "two" / "environment.json").read_text())["world_size"]
