@@ -7,8 +7,9 @@ For each seed: world, SFT, reward models and judges as in configs/demo.yaml; the
 responses each, (a) rejection sampling alone, (b) PPO alone for every beta, (c) rejection sampling with a share of them
 (`--first_share`), then PPO with the rest for every beta; `--ways` names fewer. PPO runs to its end whatever the judge
 says; the table shows gold where the judge would have stopped it and at the end: where the second is lower, the reward
-model was over-optimised and the judge caught it. `--reward_mismatched` and `--judge_mismatched` add answers to other
-questions (`mismatched_share`) to what the helpfulness model and its judge learn from.
+model was over-optimised and the judge caught it. `--reward_mismatched`, `--judge_mismatched` and
+`--judge_safety_mismatched` add answers to other questions (`mismatched_share`) to what the helpfulness model, its judge
+and the judge of safety learn from.
 
 Gold is the mean true score over evaluation prompts (helpfulness, safety on risky prompts); KL is to the SFT model, in
 nats a response. (c) is compared with (a) and (b) at the beta that was best for each on the *other* seeds, as one who
@@ -210,8 +211,8 @@ def draw(seeds: Row, kl_coefs: list[float], path: Path) -> None:
     colours = mpl.colormaps["viridis"].resampled(len(kl_coefs)).colors
     marks = {name_of("ppo", beta): ("o", colour, "") for beta, colour in zip(kl_coefs, colours, strict=True)}
     marks |= {"rejection": ("s", COLOURS["ppo"], "rejection sampling")}
-    marks |= {name_of("both", beta): ("D", colour, f"both, beta {beta:g}")
-              for beta, colour in zip(kl_coefs, colours, strict=True)}  # fmt: skip
+    marks |= {name_of("both", beta): ("D", colour, "" if place else "both, colours as above")
+              for place, (beta, colour) in enumerate(zip(kl_coefs, colours, strict=True))}  # fmt: skip
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(9.0, 3.2), layout="constrained")
         axes = figure.subplots(1, 3)
@@ -227,7 +228,7 @@ def draw(seeds: Row, kl_coefs: list[float], path: Path) -> None:
                     axis.plot(end["kl"], end[key], marker, color=colour, ms=5, label="" if i else text)
             axis.set_xscale("symlog", linthresh=1.0)
             axis.set(title=title, xlabel="KL to SFT, nats a response")
-        axes[0].legend(fontsize=7)
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize=7)
     to_png(figure, path)
 
 
@@ -242,10 +243,12 @@ def main() -> None:
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS)
     parser.add_argument("--reward_mismatched", type=float, default=0.0)
     parser.add_argument("--judge_mismatched", type=float, default=0.0)
+    parser.add_argument("--judge_safety_mismatched", type=float, default=0.0)
     parser.add_argument("--parallel_stages", type=int, default=2)
     parser.add_argument("--plot", type=Path, help="PNG to draw the curves to")
     options = parser.parse_args()
-    mismatched = {"reward_helpfulness": options.reward_mismatched, "judge_helpfulness": options.judge_mismatched}
+    mismatched = {"reward_helpfulness": options.reward_mismatched, "judge_helpfulness": options.judge_mismatched,
+                  "judge_safety": options.judge_safety_mismatched}  # fmt: skip
     found: dict[str, Row] = {}
     gold: dict[str, dict[str, dict[str, float]]] = {}
     for seed in options.seeds:
