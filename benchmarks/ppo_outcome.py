@@ -149,8 +149,8 @@ def best_beta(way: str, kl_coefs: list[float], seeds: list[Row]) -> float:
 def compare(seeds: dict[str, Row], gold: dict[str, dict[str, dict[str, float]]], kl_coefs: list[float]) -> list[Row]:
     """True score of both in sequence less that of either alone, by seed and over all seeds: (mean, low, high).
 
-    `other seeds`: each way at the beta that was best on the other seeds; `this seed`: best on this one, which
-    flatters all ways alike.
+    `other seeds`: each way at the beta that was best on the other seeds; `this seed`: best on this one, which flatters
+    PPO and both alike. Intervals are over prompts.
     """
     rows = []
     for chosen_on in ("other seeds", "this seed"):
@@ -247,6 +247,10 @@ def main() -> None:
     parser.add_argument("--parallel_stages", type=int, default=2)
     parser.add_argument("--plot", type=Path, help="PNG to draw the curves to")
     options = parser.parse_args()
+    if not BATCH <= (1 - options.first_share) * options.samples <= options.samples - K:
+        parser.error(
+            f"--first_share {options.first_share}: leave rejection sampling {K} and PPO {BATCH} of the samples"
+        )
     mismatched = {"reward_helpfulness": options.reward_mismatched, "judge_helpfulness": options.judge_mismatched,
                   "judge_safety": options.judge_safety_mismatched}  # fmt: skip
     found: dict[str, Row] = {}

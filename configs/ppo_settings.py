@@ -164,7 +164,7 @@ class PPOSettings(ScoringSettings):
         default=None,
         metadata={
             "help": "Stop when the mean KL to the reference, in nats a response, passes this; save_best keeps no policy"
-            " beyond it."
+            " beyond it where it has one within."
         },
     )
     save_steps: int = field(default=0, metadata={"help": "Iterations between checkpoints; 0: none."})
@@ -231,10 +231,11 @@ class PPOSettings(ScoringSettings):
         """UserError for a number outside its range; nan is outside of each."""
         for name, low in AT_LEAST.items():
             if not low <= (value := getattr(self, name)) < float("inf"):
-                raise UserError(f"{name}: {value}; give {low} or more")
+                raise UserError(f"{name}: {value}; give a finite number, {low} or more")
         for name in ABOVE_0:
-            if (value := getattr(self, name)) is not None and not 0 < value < float("inf"):
-                raise UserError(f"{name}: {value}; give a number above 0")
+            value = getattr(self, name)
+            if value is not None and not (0 < value < float("inf") or (name == "max_grad_norm" and value > 0)):
+                raise UserError(f"{name}: {value}; give a finite number above 0")
         for name in (*BELOW_1, *SHARES):
             if not 0 <= (value := getattr(self, name)) <= 1 or (value == 1 and name in BELOW_1):
                 raise UserError(f"{name}: {value}; give 0 to {'below ' * (name in BELOW_1)}1")

@@ -47,7 +47,7 @@ def load_roles(ppo: PPOSettings, model_settings: ModelSettings, tokenizer: Any, 
         if ppo.gradient_checkpointing and role.trained and not isinstance(own, BorrowedBackbone):
             unwrap(own).gradient_checkpointing_enable({"use_reentrant": False})
             own.train()
-        if sharded:  # from the CPU's memory: no GPU ever holds more than a layer whole
+        if sharded:  # from the CPU's memory: beside embeddings and head no GPU holds more than a layer whole
             sharding.shard(role.model, torch.device(device), ppo.gather_weights)
         else:
             role.model.to(device)

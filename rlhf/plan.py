@@ -46,7 +46,7 @@ GIB = 2**30
 SAMPLER_ROWS = 1024  # of sample_live in rlhf/engines.py
 # Beside tensors a process holds the CUDA context and libraries, about 1 GiB; an allocator loses some of the rest.
 CONTEXT_GIB, USABLE = 1.0, 0.95
-# Predicted by measured peak under LoRA with gradient checkpointing, the one kind that fell short (docs/planning.md).
+# Predicted by measured peak under LoRA with gradient checkpointing, the one kind far too low (docs/planning.md).
 SHORT = 0.82
 
 

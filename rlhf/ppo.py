@@ -219,7 +219,8 @@ class Run:
         best = self.state["best"]
         self.state["evaluations_since_best"] += 1
         cap = float("inf") if self.ppo.max_kl_nats is None else self.ppo.max_kl_nats
-        if best is None or (objective > best["objective"] and figures["eval/kl"] <= cap):
+        better = best is None or best["eval/kl"] > cap or objective > best["objective"]
+        if better and (best is None or figures["eval/kl"] <= cap):
             self.state["best"] = {"step": step, "objective": objective, **figures}
             self.state["evaluations_since_best"] = 0
             if self.ppo.save_best:

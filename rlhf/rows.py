@@ -19,6 +19,7 @@ from configs.sampling_settings import SamplingSettings
 from rlhf.decoding import NO_TOKEN, Stops, forward
 from rlhf.draw import draw, uniforms
 from rlhf.kv_cache import RowCache
+from rlhf.sharding import stays_in_parts
 from rlhf.shared_prompts import PromptStore
 from rlhf.step_graphs import StepGraphs
 
@@ -76,7 +77,8 @@ class Rows:
         """Room for so many rows (not fewer than `count`); what the first `count` hold stays. Call it when the cache has
         new buffers, too: recorded steps know the old ones."""
         self.graphs = None
-        if self.model.device.type in RECORDED and self.prompts is None:
+        recorded = self.model.device.type in RECORDED and not stays_in_parts(self.model)  # no traffic in a recording
+        if recorded and self.prompts is None:
             step = partial(forward, self.model, self.cache, 0)
             self.graphs = StepGraphs(step, rows, self.cache.columns, self.model.device)
         for name in ON_HOST:

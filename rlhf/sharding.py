@@ -68,7 +68,7 @@ def shard(model: Any, device: torch.device, gather: bool = True) -> None:
     for tensor in [*model.parameters(), *model.buffers()]:
         if not is_sharded([tensor]) and tensor.device != device:
             tensor.data = tensor.data.to(device)
-    if gather or getattr(decoder, "_stays_in_parts", False):
+    if gather or stays_in_parts(model):
         return
     decoder._stays_in_parts = True
     for module in _sharded(decoder):  # room for gathered weights is made once: under inference_mode none could train
@@ -96,7 +96,7 @@ def _split(model: Any, decoder: Any) -> None:
 def gathered(model: Any) -> Iterator[None]:
     """Inside, every process holds all weights of `model`: forwards need no traffic. Nothing where it stays in parts."""
     decoder = decoder_of(model)
-    done = any(getattr(decoder, mark, False) for mark in ("_is_gathered", "_stays_in_parts"))
+    done = getattr(decoder, "_is_gathered", False) or stays_in_parts(model)
     if done or not is_sharded(decoder.parameters()):
         yield
         return
@@ -115,7 +115,7 @@ def at_own_pace(model: Any) -> Iterator[None]:
     All processes must enter and leave it together, for one model after the other.
     """
     decoder = decoder_of(model)
-    if not getattr(decoder, "_stays_in_parts", False):
+    if not stays_in_parts(model):
         with gathered(model):
             yield
         return
@@ -152,6 +152,11 @@ def lockstep(decoder: nn.Module) -> Iterator[None]:
             decoder(input_ids=nothing, use_cache=False)
 
 
+def stays_in_parts(model: Any) -> bool:
+    """Whether `shard` was told not to gather it for sampling and scoring."""
+    return getattr(decoder_of(model), "_stays_in_parts", False)
+
+
 def merged(model: Any, keep: bool) -> dict[str, Tensor]:
     """`merged_weights` of a sharded model in the CPU's memory, where `keep`; a GPU holds one layer whole at a time.
 
@@ -163,8 +168,9 @@ def merged(model: Any, keep: bool) -> dict[str, Tensor]:
     rest = set(base.modules()).difference(*layers)
     for modules in (*layers, rest):
         with _whole(modules):
-            if keep:
-                weights |= {name: x.to("cpu", copy=True) for name, x in merged_weights(base, set(modules)).items()}
+            found = merged_weights(base, set(modules)) if keep else {}
+            copies = {x.data_ptr(): x.to("cpu", copy=True) for x in found.values()}  # tied weights stay one
+            weights |= {name: copies[x.data_ptr()] for name, x in found.items()}
     return weights
 
 

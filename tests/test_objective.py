@@ -407,7 +407,7 @@ def test_uncapped_weights_turn_the_samplers_mean_into_the_trainers():
         ({"kl_coef": -0.1}, "kl_coef: -0.1"),
         ({"kl_controller": "pid"}, "neither `fixed` nor `adaptive`"),
         ({"kl_controller": "adaptive"}, "needs kl_target"),
-        ({"kl_controller": "adaptive", "kl_target": 0.0}, "kl_target: 0.0; give a number above 0"),
+        ({"kl_controller": "adaptive", "kl_target": 0.0}, "kl_target: 0.0; give a finite number above 0"),
         ({"kl_controller": "adaptive", "kl_target": 6.0, "kl_coef": 0.0}, "start above 0"),
         ({"kl_controller": "adaptive", "kl_target": 6.0, "kl_horizon": 500}, "below batch_size 512"),
         ({"kl_target": 6.0}, "kl_target has no effect"),

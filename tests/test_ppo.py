@@ -649,6 +649,22 @@ def test_no_policy_beyond_the_kl_cap_is_kept(paths, tmp_path, monkeypatch):
     assert torch.equal(final_weights(tmp_path), torch.cat([p.detach().flatten() for p in start.parameters()]))
 
 
+def test_a_policy_within_the_cap_takes_the_place_of_one_beyond(paths, tmp_path, monkeypatch):
+    """As where the start is already far from the SFT model: steps 0, 2, 4 at 5, 1, 9 nats, the cap between."""
+    scores, kls = iter([2.0, 1.0, 4.0]), iter([5.0, 1.0, 9.0])
+    real = ppo_script.rollout_figures
+
+    def rollout_figures(rollout, count, gather):
+        if count == SMALL["batch_size"]:
+            return real(rollout, count, gather)
+        rollout = replace(rollout, scores_B=next(scores) + torch.linspace(-1, 1, len(rollout.scores_B)))
+        return real(rollout, count, gather) | {"policy/kl": next(kls)}
+
+    monkeypatch.setattr(ppo_script, "rollout_figures", rollout_figures)
+    summary = run_ppo(paths, tmp_path, "--save_best", "true", "--kl_coef", "0", "--max_kl_nats", "3")
+    assert (summary["iterations"], summary["best"]["step"]) == (4, 2)
+
+
 def test_alarms_are_said_and_kept(paths, tmp_path, caplog):
     summary = run_ppo(paths, tmp_path, "--max_kl_nats", "0.000001", "--learning_rate", "0.01", total=20)
     (alarm,) = [alarm for alarm in summary["alarms"] if alarm["alarm"] == "kl_high"]
@@ -934,18 +950,18 @@ def test_user_mistakes(paths, tmp_path):
 @pytest.mark.parametrize(
     ("name", "wrong", "range_"),
     [
-        ("mini_batch_size", 0, "1 or more"),
-        ("ppo_epochs", 0, "1 or more"),
-        ("responses_per_prompt", 0, "1 or more"),
-        ("max_prompt_tokens", 0, "1 or more"),
-        ("eval_steps", -1, "0 or more"),
-        ("learning_rate", -1.0, "0 or more"),
-        ("value_coef", math.nan, "0 or more"),
-        ("missing_eos_penalty", -1.0, "0 or more"),
-        ("kl_coef", math.inf, "0 or more"),
-        ("clip_range", 0.0, "a number above 0"),
-        ("max_kl_nats", -1.0, "a number above 0"),
-        ("temperature", 0.0, "a number above 0"),
+        ("mini_batch_size", 0, "a finite number, 1 or more"),
+        ("ppo_epochs", 0, "a finite number, 1 or more"),
+        ("responses_per_prompt", 0, "a finite number, 1 or more"),
+        ("max_prompt_tokens", 0, "a finite number, 1 or more"),
+        ("eval_steps", -1, "a finite number, 0 or more"),
+        ("learning_rate", -1.0, "a finite number, 0 or more"),
+        ("value_coef", math.nan, "a finite number, 0 or more"),
+        ("missing_eos_penalty", -1.0, "a finite number, 0 or more"),
+        ("kl_coef", math.inf, "a finite number, 0 or more"),
+        ("clip_range", 0.0, "a finite number above 0"),
+        ("max_kl_nats", -1.0, "a finite number above 0"),
+        ("temperature", 0.0, "a finite number above 0"),
         ("adam_beta1", 1.0, "0 to below 1"),
         ("gamma", 2.0, "0 to 1"),
         ("gae_lambda", -0.1, "0 to 1"),
@@ -957,6 +973,7 @@ def test_numbers_have_ranges(paths, name, wrong, range_):
 
 
 def test_the_ends_of_ranges_are_inside(paths):
+    settings_for(paths, max_grad_norm=math.inf)  # no clipping
     settings_for(paths, gamma=1.0, gae_lambda=0.0, adam_beta1=0.0, learning_rate=0.0, value_clip_range=0.0)
 
 

@@ -416,6 +416,20 @@ def test_steps_of_fixed_shapes_give_the_same_samples(model, forwards, monkeypatc
     )
 
 
+def test_no_step_is_recorded_where_weights_stay_in_parts(model, monkeypatch):
+    """Each of its forwards waits for other processes, which a recording would leave out."""
+    recorded = []
+    monkeypatch.setattr(step_graphs, "record", lambda step: recorded.append(step) or step)
+    monkeypatch.setattr(rows_module, "RECORDED", ("cpu",))
+    settings = {"k": 3, "max_new_tokens": 8, "max_rows": 20, "share_prompts": False}
+    run(model, ragged_prompts(4), **settings)
+    assert recorded
+    recorded.clear()
+    monkeypatch.setattr(model.model, "_stays_in_parts", True, raising=False)
+    run(model, ragged_prompts(4), **settings)
+    assert not recorded
+
+
 def test_the_ladder_holds_every_number_with_little_waste():
     assert [step_graphs.ladder(n) for n in (1, 2, 3, 4, 5, 6, 7, 9, 13, 17, 25, 33, 200, 256, 300)] == [
         1, 2, 3, 4, 6, 6, 8, 12, 16, 24, 32, 48, 256, 256, 384,

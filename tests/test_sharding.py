@@ -9,8 +9,9 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from test_ppo import FSDP2, NO_BUILD, ZERO3, with_deepspeed
-from tiny_models import ragged_model
+from tiny_models import ragged_model, save_tiny_policy
 from torch.distributed.tensor import DTensor
+from transformers import AutoModelForCausalLM
 
 from configs.errors import UserError
 from configs.ppo_settings import PPOSettings
@@ -91,6 +92,13 @@ def test_what_is_not_split_goes_to_the_device(monkeypatch):
     sharding.shard(model, "gpu")
     assert moved == ["split", "gpu"]
     assert (parameter.data, part.data) == ("there", None)
+
+
+def test_tied_weights_are_saved_as_one(tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(save_tiny_policy(tmp_path / "tied", tie_word_embeddings=True))
+    weights = sharding.merged(model, keep=True)
+    assert weights["lm_head.weight"] is weights["model.embed_tokens.weight"]
+    assert len({x.data_ptr() for x in weights.values()}) == len(weights) - 1
 
 
 def most_gathered(model):
