@@ -232,9 +232,14 @@ def _ratio(now: float, start: float, limits: Limits) -> str | None:
     limit = RATIO_ERROR_BF16 if limits.bf16 else RATIO_ERROR
     if now <= limit:
         return None
+    who = (
+        "two passes of the trainer disagree. Report it."
+        if limits.bf16  # which recomputes old log-probs
+        else "sampler and trainer disagree. Set recompute_logprobs: true, and report it."
+    )
     return (
         f"Before any update the ratio of trained to sampled probabilities is off by {now:.1e} (at most {limit:.0e} is"
-        " rounding): sampler and trainer disagree. Set recompute_logprobs: true, and report it."
+        f" rounding): {who}"
     )
 
 

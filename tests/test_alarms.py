@@ -102,6 +102,12 @@ def test_gold_has_errors_of_its_own_and_without_any_nothing_is_judged():
     assert events(unknown) == []
 
 
+def test_with_bfloat16_a_wrong_ratio_is_not_the_samplers_fault():
+    """Old log-probs are the trainer's there: recomputing them, which is on, would be no cure."""
+    texts = [check({}, 1, HEALTHY | {"policy/first_ratio_error": 0.5}, Limits(bf16=bf16))[1][0].text for bf16 in (0, 1)]
+    assert ["Set recompute_logprobs: true" in text for text in texts] == [True, False]
+
+
 def test_the_words_name_the_figures_and_what_to_do():
     _, [alarm] = check({}, 0, HEALTHY | {"policy/kl": 31.25}, Limits())
     assert alarm.text.startswith("The policy is 31.2 nats a response from the reference, more than 30; no cap is set")
