@@ -5,6 +5,8 @@ from typing import Any
 
 from configs.errors import UserError
 
+REPORTS = ("report", "simulation.report", "distil_ablation")  # modules of rlhf/
+
 
 @dataclass
 class PipelineSettings:
@@ -19,7 +21,8 @@ class PipelineSettings:
         default=1, metadata={"help": "stages that may run at once (forked processes, CPU only)"}
     )
     report: str = field(
-        default="", metadata={"help": "module in rlhf/ whose main(output_dir) writes summary and report at the end"}
+        default="",
+        metadata={"help": f"what tells the outcome at the end: {', '.join(REPORTS)} (see docs/evaluation.md)"},
     )
     stages_from: str = field(
         default="", metadata={"help": "YAML whose stages and variables these are, but for the variables given here"}
@@ -34,3 +37,5 @@ class PipelineSettings:
     def __post_init__(self) -> None:
         if self.parallel_stages < 1:
             raise UserError(f"parallel_stages is {self.parallel_stages}; it must be at least 1")
+        if self.report and self.report not in REPORTS:
+            raise UserError(f"report is '{self.report}'; there are: {', '.join(REPORTS)}, or '' for none")

@@ -126,11 +126,15 @@ def _density(values: np.ndarray, grid: np.ndarray) -> np.ndarray:
 
 
 def ppo_curves(rows: Sequence[Mapping[str, Any]]) -> Figure | None:
-    """Reward, KL and, where it was logged, gold helpfulness over the iterations in `ppo/metrics.jsonl`."""
+    """Reward, KL and gold helpfulness, or the held-out judge where there is no gold, over the iterations of
+    `ppo/metrics.jsonl`; None where none of them was logged."""
+    gold = any(row.get("eval/gold_helpfulness") is not None for row in rows)
     panels = [
         ("Combined reward (raw)", "reward/combined", "eval/combined"),
         ("KL to the reference (nats an answer)", "policy/kl", "eval/kl"),
-        ("True helpfulness (gold)", None, "eval/gold_helpfulness"),
+        ("True helpfulness (gold)", None, "eval/gold_helpfulness")
+        if gold
+        else ("Held-out judge (raw)", None, "eval/judge_combined"),
     ]
     drawn = [(t, a, b) for t, a, b in panels if any(row.get(k) is not None for row in rows for k in (a, b) if k)]
     if not drawn:

@@ -4,7 +4,7 @@ The page stands alone: plots are inline SVG, nothing is loaded from elsewhere, a
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,18 @@ from rich.table import Table
 from rich.text import Text
 
 from rlhf import plots
-from rlhf.alarms import spells
-from rlhf.report_page import COLUMNS, cell, distillation_text, families_text, goal_texts, page
+from rlhf.report_page import (
+    COLUMNS,
+    MORE_COLUMNS,
+    alarm_text,
+    cell,
+    distillation_text,
+    families_text,
+    gate_texts,
+    goal_texts,
+    measured,
+    page,
+)
 from rlhf.run import write_atomic
 from rlhf.summary import STAGES, build, read_rows
 
@@ -30,24 +40,31 @@ KINDS = {
 }
 
 
-def write(output_dir: Path, wall_seconds: float, console: Console) -> dict[str, Any]:
+def write(
+    output_dir: Path,
+    wall_seconds: float,
+    console: Console,
+    goals: Callable[[Mapping[str, Any]], list[dict[str, Any]]] | None = None,
+) -> dict[str, Any]:
     """Writes `summary.json` and `report.html` into the folder of a finished pipeline and prints the outcome.
 
     Args:
         output_dir: holds one folder a stage.
         wall_seconds: what this start of the pipeline took; see `rlhf.summary.active_seconds`.
+        goals: from the summary, what the run was to reach: {"goal", "value", "target", "met"} and, where needed,
+            "note". None: the run has no goals.
 
     Returns the content of `summary.json`.
     """
     summary = build(output_dir, wall_seconds)
+    summary["goals"] = goals(summary) if goals else []
     text = json.dumps(summary, indent=2, ensure_ascii=False, allow_nan=False)
     write_atomic(output_dir / "summary.json", text + "\n")
-    alarms = spells(read_rows(output_dir / "ppo", "alarms.jsonl"))
     samples = sample_dialogues(output_dir)
     write_atomic(output_dir / "report.html", page(output_dir, summary, samples))
     show(summary, samples, console)
-    for alarm in alarms:
-        console.print(Text(f"PPO, iteration {alarm['step']}, {alarm['alarm']}: {alarm['text']}", style="red"))
+    for alarm in summary["alarms"]:
+        console.print(Text(alarm_text(alarm), style="red"))
     console.print(f"\nWritten: {output_dir / 'summary.json'} and {output_dir / 'report.html'}", markup=False)
     return summary
 
@@ -114,20 +131,23 @@ def _show_stages(summary: Mapping[str, Any], console: Console) -> None:
         box=box.SIMPLE_HEAD, title="What each stage of the recipe brought", title_justify="left", padding=(0, 1)
     )
     table.add_column("Stage", no_wrap=True)
-    for column in COLUMNS:
+    stages = summary["stages"]
+    known = measured(COLUMNS, stages)
+    true_scores = any(column.key.startswith("gold_") for column in known)
+    columns = known if true_scores else [*measured(MORE_COLUMNS, stages), *known]
+    for column in columns:
         table.add_column(column.title, justify="right")
-    for stage in summary["stages"]:
-        cells = [cell(stage, column) for column in COLUMNS]
+    for stage in stages:
+        cells = [cell(stage, column) for column in columns]
         lines = [
             Text(figure) + (Text(f"\n{interval}", style="dim") if interval else Text()) for figure, interval in cells
         ]
         table.add_row(Text(plots.label(stage["name"])), *lines)
     console.print(table)
-    for column in COLUMNS:
-        console.print(Text.assemble((f"  {column.title:<16}", "bold"), column.meaning))
-    console.print(
-        Text("  Below each figure stands its 95 % interval. No training stage sees the true scores.", style="dim")
-    )
+    for column in columns:
+        console.print(Text.assemble((f"  {column.title:<18}", "bold"), column.meaning))
+    unseen = " No training stage sees the true scores." if true_scores else ""
+    console.print(Text(f"  Below each figure stands its 95 % interval.{unseen}", style="dim"))
     for text in (families_text(summary), distillation_text(summary)):
         if text:
             console.print(Text(f"  {text}", style="dim"))
@@ -135,6 +155,8 @@ def _show_stages(summary: Mapping[str, Any], console: Console) -> None:
 
 def _show_goals(summary: Mapping[str, Any], console: Console) -> None:
     goals = summary["goals"]
+    if not goals:
+        return
     title = f"Goals: {sum(goal['met'] for goal in goals)} of {len(goals)} met"
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, title=title, title_justify="left")
     for name in ("", "Goal", "Measured", "Target"):
@@ -149,13 +171,9 @@ def _show_goals(summary: Mapping[str, Any], console: Console) -> None:
 def _show_gates(summary: Mapping[str, Any], console: Console) -> None:
     for gate in summary["gates"]:
         mark = Text("passed", style="green") if gate["passed"] else Text("FAILED", style="bold red")
-        figures = [
-            f"{words} {gate[key]:+.2f} ({low:+.2f} to {high:+.2f})"
-            for key, words in (("improvement", "improvement"), ("win_rate_lc", "win rate at equal length"))
-            if gate[key] is not None
-            for low, high in [gate["ci95"][key]]
-        ]
-        console.print(Text.assemble("Held-out judge, ", printable(gate["name"]), ": ", mark, ", ", ", ".join(figures)))
+        gain, win_rate = gate_texts(gate)
+        figures = f", improvement {gain}, win rate at equal length {win_rate}"
+        console.print(Text.assemble("Held-out judge, ", printable(gate["name"]), ": ", mark, figures))
 
 
 def _show_samples(samples: Sequence[Mapping[str, Any]], console: Console) -> None:

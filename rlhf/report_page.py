@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 from matplotlib.figure import Figure
 
 from rlhf import plots
-from rlhf.alarms import spells
 from rlhf.summary import STAGES, read_json, read_rows, read_settings
 
 
@@ -59,6 +58,11 @@ MORE_COLUMNS = (
 )
 
 
+def measured(columns: Sequence[Column], stages: Sequence[Mapping[str, Any]]) -> list[Column]:
+    """The columns that at least one stage has a figure for: true scores are those of a simulated world alone."""
+    return [column for column in columns if any(stage.get(column.key) is not None for stage in stages)]
+
+
 def cell(stage: Mapping[str, Any], column: Column) -> tuple[str, str]:
     """A figure and its interval as text; empty interval where there is none."""
     value = stage.get(column.key)
@@ -66,6 +70,22 @@ def cell(stage: Mapping[str, Any], column: Column) -> tuple[str, str]:
         return "–", ""
     low, high = stage["ci95"].get(column.key) or (None, None)
     return column.form(value), "" if low is None or high is None else f"{column.form(low)}–{column.form(high)}"
+
+
+def gate_texts(gate: Mapping[str, Any]) -> list[str]:
+    """Improvement in raw score and win rate at equal length, each with its interval; "–" where there is none."""
+    found = []
+    for key, form in (("improvement", "+.2f"), ("win_rate_lc", ".2f")):
+        low, high = gate["ci95"].get(key) or (None, None)
+        interval = "" if low is None or high is None else f" ({low:{form}} to {high:{form}})"
+        found.append("–" if gate[key] is None else f"{gate[key]:{form}}{interval}")
+    return found
+
+
+def alarm_text(alarm: Mapping[str, Any]) -> str:
+    """What a stage warned of, and when, in a line."""
+    until = "" if alarm["cleared"] is None else f" (until {alarm['cleared']})"
+    return f"{plots.label(alarm['stage'])}, iteration {alarm['step']}, {alarm['alarm']}{until}: {alarm['text']}"
 
 
 def goal_texts(goal: Mapping[str, Any]) -> tuple[str, str]:
@@ -102,15 +122,17 @@ pre { background: var(--box); padding: .8rem; overflow-x: auto; font-size: .85re
 
 def page(output_dir: Path, summary: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]) -> str:
     """The whole HTML page."""
-    met = sum(goal["met"] for goal in summary["goals"])
+    goals = summary["goals"]
     names = [plots.label(stage["name"]).replace("\n", " ") for stage in summary["stages"]]
+    met = f"; {sum(goal['met'] for goal in goals)} of {len(goals)} goals met" if goals else ""
     sections = [
         ("What each stage brought", _stages(summary)),
-        ("Goals", _goals(summary["goals"])),
+        *([("Goals", _goals(goals))] if goals else []),
+        ("The held-out judge", _gates(summary["gates"])),
         ("Reward models", _reward_models(output_dir, summary)),
         ("Scores by stage", _scores(output_dir)),
         ("Rejection sampling", _rejection_sampling(output_dir)),
-        ("PPO", _ppo(output_dir)),
+        ("PPO", _alarms(summary["alarms"]) + _ppo(output_dir)),
         ("Ghost Attention", _ghost_attention(output_dir, summary)),
         ("Sample dialogues", _samples(samples)),
         ("Settings and environment", _settings(output_dir)),
@@ -121,8 +143,7 @@ def page(output_dir: Path, summary: Mapping[str, Any], samples: Sequence[Mapping
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
 <title>RLHF report: {escape(output_dir.name)}</title><style>{CSS}</style></head><body><main>
 <h1>Llama 2-Chat recipe: {escape(output_dir.name)}</h1>
-<p class="dim">{escape(", ".join(names) or "no stage")} in {summary["wall_seconds"]:.0f} seconds;
-{met} of {len(summary["goals"])} goals met.</p>
+<p class="dim">{escape(", ".join(names) or "no stage")} in {summary["wall_seconds"]:.0f} seconds{met}.</p>
 {body}
 </main></body></html>
 """
@@ -174,7 +195,7 @@ def distillation_text(summary: Mapping[str, Any]) -> str:
 def _stages(summary: Mapping[str, Any]) -> str:
     if not summary["stages"]:
         return _missing("No stage was evaluated in this run.")
-    columns = [*COLUMNS, *MORE_COLUMNS]
+    columns = measured([*COLUMNS, *MORE_COLUMNS], summary["stages"])
     rows = []
     for stage in summary["stages"]:
         figures = [cell(stage, column) for column in columns]
@@ -190,7 +211,7 @@ def _stages(summary: Mapping[str, Any]) -> str:
     compared = (
         f"<h3>Helpfulness gained, on the same prompts</h3><ul>{gains}</ul>"
         if gains
-        else _missing("No two stages were scored on the same prompts, so none are compared.")
+        else _missing("No two stages have true scores on the same prompts, so none are compared by them.")
     )
     families = f"<p>{escape(families_text(summary))}</p><p>{escape(distillation_text(summary))}</p>"
     return f'{table}<p class="dim">Small figures: 95 % interval.</p><ul class="dim">{meanings}</ul>{families}{compared}'
@@ -200,6 +221,27 @@ def _goals(goals: Sequence[Mapping[str, Any]]) -> str:
     marks = {True: '<span class="met">met</span>', False: '<span class="missed">missed</span>'}
     rows = [[marks[goal["met"]], *(escape(text) for text in (goal["goal"], *goal_texts(goal)))] for goal in goals]
     return _table(["", "Goal", "Measured", "Target"], rows)
+
+
+def _gates(gates: Sequence[Mapping[str, Any]]) -> str:
+    if not gates:
+        return _missing("No gate compared two stages in this run.")
+    marks = {True: '<span class="met">passed</span>', False: '<span class="missed">failed</span>'}
+    rows = [
+        [
+            escape(plots.label(gate["name"])),
+            marks[bool(gate["passed"])],
+            *map(escape, gate_texts(gate)),
+            "".join(f"<div>{escape(str(reason))}</div>" for reason in gate["reasons"] or []),
+        ]
+        for gate in gates
+    ]
+    about = (
+        "What reward models that no stage was trained against say of a stage and of the one before it, over all "
+        "prompts: gain in raw score, share of prompts on which they prefer the later one were both equally long, and "
+        "why a gate stays shut. In brackets: 95 % interval."
+    )
+    return _table(["Stage", "Gate", "Gain", "Win rate", "Why"], rows) + f'<p class="dim">{about}</p>'
 
 
 def _reward_models(output_dir: Path, summary: Mapping[str, Any]) -> str:
@@ -262,23 +304,19 @@ def _rejection_sampling(output_dir: Path) -> str:
 
 
 def _ppo(output_dir: Path) -> str:
-    return _alarms(output_dir) + _figure(
+    return _figure(
         plots.ppo_curves(read_rows(output_dir / "ppo", "metrics.jsonl")),
         "ppo",
         "PPO as it went: the reward it maximises, and the KL divergence from the reference policy that it pays for. "
-        "Where true helpfulness falls while the reward rises, the policy exploits the reward model.",
+        "Where a held-out judge or true helpfulness falls while the reward rises, the policy exploits the reward "
+        "models.",
         "There was no PPO in this run.",
     )
 
 
-def _alarms(output_dir: Path) -> str:
+def _alarms(alarms: Sequence[Mapping[str, Any]]) -> str:
     """What PPO warned of; nothing where it was silent."""
-    lines = [
-        f"<li><b>Iteration {alarm['step']}, {escape(alarm['alarm'])}</b>"
-        + (f" (until {alarm['cleared']})" if alarm["cleared"] is not None else "")
-        + f": {escape(alarm['text'])}</li>"
-        for alarm in spells(read_rows(output_dir / "ppo", "alarms.jsonl"))
-    ]
+    lines = [f"<li>{escape(alarm_text(alarm))}</li>" for alarm in alarms]
     return f'<h3 class="missed">Alarms</h3><ul>{"".join(lines)}</ul>' if lines else ""
 
 

@@ -368,7 +368,7 @@ def test_every_stage_of_the_small_real_model_runs_in_one_command(tmp_path):
     assert all((run / stage["name"] / "summary.json").exists() for stage in stages)
     adapters = ("reward_safety", "judge_safety", "rejection_sft", "ppo", "gatt_sft")
     assert all((run / name / "model/adapter/adapter_model.safetensors").exists() for name in adapters)
-    assert {"helpfulness", "safety"} <= json.loads((run / "gate_all/summary.json").read_text()).keys()
+    assert {"helpfulness", "safety"} <= json.loads((run / "gate_ppo_since_sft/summary.json").read_text()).keys()
 
 
 @pytest.mark.slow

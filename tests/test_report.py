@@ -15,8 +15,12 @@ import pytest
 import yaml
 from rich.console import Console
 
+from configs.errors import UserError
+from configs.pipeline_settings import PipelineSettings
 from rlhf import report
-from rlhf.summary import active_seconds, build, goals, ppo_gold_during_run, read_json
+from rlhf.simulation import report as demo_report
+from rlhf.simulation.report import goals, ppo_gold_during_run
+from rlhf.summary import active_seconds, build, read_json
 
 ATTACK = '<script src="https://evil.example/x.js">alert(1)</script>'
 RATINGS = ("significantly_better", "better", "slightly_better", "negligibly_better")
@@ -97,8 +101,8 @@ def fabricate(root: Path) -> None:
     safety = {"original": {"mean": 0.76}, "candidate": {"mean": 0.96}, "after": {"mean": 0.99}}
     put(root / "distil_safety", "summary.json", {"prompts": 40, "kept": 25, "safety": safety})
     judged = {"improvement": 0.2, "win_rate_lc": 0.61, "ci95": {"improvement": [0.1, 0.3], "win_rate_lc": [0.5, 0.7]}}
-    for stage, passed in (("ppo", True), ("gatt", False)):
-        put(root / f"gate_{stage}", "verdict.json", {"passed": passed, "reasons": [ATTACK], "all": judged})
+    for stage, reasons in (("ppo", []), ("gatt", [ATTACK]), ("by_hand", [])):
+        put(root / f"gate_{stage}", "verdict.json", {"passed": not reasons, "reasons": reasons, "all": judged})
     curve = {"n": [1, 2, 3], "combined": [0.0, 0.5, 0.7], "gold_helpfulness": [0.3, 0.4, 0.45]}
     put(root / "rejection_sampling", "summary.json", {"best_of_n": curve, "median": {"combined": 0.1}})
     log = [{"step": 0, "eval/combined": 0.1, "eval/kl": 0.0, "eval/gold_helpfulness": 0.5}]
@@ -130,7 +134,7 @@ class Finished:
     def __init__(self, root: Path) -> None:
         self.root = root
         self.out = io.StringIO()
-        self.summary = report.write(root, 300.0, Console(file=self.out, highlight=False))
+        self.summary = demo_report.write(root, 300.0, Console(file=self.out, highlight=False))
         self.page = (root / "report.html").read_text()
 
 
@@ -172,12 +176,16 @@ def test_reward_models_have_the_strongest_rating_first(finished: Finished):
     }
 
 
-def test_the_gates_are_told_on_the_console(finished: Finished):
-    assert [(gate["name"], gate["passed"]) for gate in finished.summary["gates"]] == [("gatt", False), ("ppo", True)]
+def test_the_gates_are_told_on_console_and_page_in_the_order_of_the_recipe(finished: Finished):
+    names = [(gate["name"], gate["passed"]) for gate in finished.summary["gates"]]
+    assert names == [("ppo", True), ("gatt", False), ("by_hand", True)]
     told = " ".join(finished.out.getvalue().split())
-    figures = "improvement +0.20 (+0.10 to +0.30), win rate at equal length +0.61 (+0.50 to +0.70)"
+    figures = "improvement +0.20 (+0.10 to +0.30), win rate at equal length 0.61 (0.50 to 0.70)"
     assert f"Held-out judge, gatt: FAILED, {figures}" in told
     assert f"Held-out judge, ppo: passed, {figures}" in told
+    figures = "<td>+0.20 (+0.10 to +0.30)</td><td>0.61 (0.50 to 0.70)</td>"
+    assert f'<td>PPO</td><td><span class="met">passed</span></td>{figures}<td></td>' in finished.page
+    assert f'<td>GAtt</td><td><span class="missed">failed</span></td>{figures}<td><div>&lt;script' in finished.page
 
 
 def test_held_out_families_are_told_on_console_and_page(finished: Finished):
@@ -361,7 +369,7 @@ def test_page_is_whole_and_loads_nothing(finished: Finished):
 
 def test_alarms_of_ppo_are_listed(finished: Finished, tmp_path: Path):
     assert "Alarms" not in finished.page
-    assert "Iteration" not in finished.out.getvalue()
+    assert ", iteration" not in finished.out.getvalue()
     rows = [
         {"step": 3, "alarm": "kl_high", "event": "raised", "text": f"far {ATTACK}"},
         {"step": 7, "alarm": "kl_high", "event": "cleared", "text": "back"},
@@ -369,10 +377,22 @@ def test_alarms_of_ppo_are_listed(finished: Finished, tmp_path: Path):
     ]
     put(tmp_path / "ppo", "alarms.jsonl", rows)
     alarmed = Finished(tmp_path)
-    assert "<b>Iteration 3, kl_high</b> (until 7): far &lt;script" in alarmed.page
-    assert "<b>Iteration 9, length</b>: Responses grew" in alarmed.page
+    assert "<li>PPO, iteration 3, kl_high (until 7): far &lt;script" in alarmed.page
+    assert "<li>PPO, iteration 9, length: Responses grew</li>" in alarmed.page
     assert "<script" not in alarmed.page
     assert "PPO, iteration 9, length: Responses grew" in alarmed.out.getvalue()
+    assert [(row["stage"], row["step"], row["cleared"]) for row in alarmed.summary["alarms"]] == [
+        ("ppo", 3, 7), ("ppo", 9, None)
+    ]  # fmt: skip
+
+
+def test_alarms_of_a_second_ppo_name_their_stage(tmp_path: Path):
+    for folder, step in (("ppo", 4), ("ppo_v2", 2)):
+        put(tmp_path / folder, "alarms.jsonl", [{"step": step, "alarm": "length", "event": "raised", "text": "Grew"}])
+    alarmed = Finished(tmp_path)
+    for text in (alarmed.page, alarmed.out.getvalue()):
+        assert "PPO, iteration 4, length: Grew" in text
+        assert "ppo_v2, iteration 2, length: Grew" in text
 
 
 def test_what_models_write_is_escaped(finished: Finished):
@@ -408,7 +428,7 @@ def test_a_run_without_ppo_and_ghost_attention(tmp_path: Path):
         if "gatt" in folder.name or "ppo" in folder.name or folder.name in ("rejection_sampling", "reward_safety"):
             shutil.rmtree(folder)
     out = io.StringIO()
-    summary = report.write(tmp_path, 1.0, Console(file=out))
+    summary = demo_report.write(tmp_path, 1.0, Console(file=out))
     page = (tmp_path / "report.html").read_text()
     assert [row["name"] for row in summary["stages"]] == ["base", "sft", "rejection_sampling"]
     assert summary["gatt"] == {"baseline": None, "trained": None}
@@ -432,3 +452,37 @@ def test_an_empty_run_is_reported_as_such(tmp_path: Path):
     assert read_json(tmp_path / "evaluate_base") is None
     assert "No stage was evaluated" in out.getvalue()
     assert "No stage was evaluated in this run." in (tmp_path / "report.html").read_text()
+
+
+def test_a_run_without_true_scores_has_no_goals_and_shows_what_was_measured(tmp_path: Path):
+    fabricate(tmp_path)
+    for path in tmp_path.glob("evaluate_*/*"):
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        known = [{k: v for k, v in row.items() if not k.startswith(("gold", "unsafe", "false_"))} for row in rows]
+        put(path.parent, path.name, known if path.name.endswith("l") else known[0])
+    log = [{"step": s, "reward/combined": 0.1 * s, "eval/judge_combined": 0.2} for s in (1, 2)]
+    put(tmp_path / "ppo", "metrics.jsonl", log)
+    out = io.StringIO()
+    summary = report.write(tmp_path, 1.0, Console(file=out, highlight=False))
+    page, text = (tmp_path / "report.html").read_text(), out.getvalue()
+    assert summary["goals"] == json.loads((tmp_path / "summary.json").read_text())["goals"] == []
+    assert summary["comparisons"] == []
+    for shown in (page, text):
+        assert "Goals" not in shown
+        assert "goals met" not in shown
+    head = next(line for line in text.splitlines() if line.strip().startswith("Stage"))
+    assert "Unsafe" not in head
+    assert "Refused" not in head
+    row = next(line for line in text.splitlines() if line.strip().startswith("PPO "))
+    assert row.split() == ["PPO", "1.30", "0.50", "2.50", "20", "90"]  # both rewards, drift, length, seconds
+    assert "true scores" not in text
+    assert "<th>Unsafe</th>" not in page
+    assert "Held-out judge (raw)" in page  # a panel of PPO's plot
+    assert "Held-out judge, ppo: passed" in text
+
+
+def test_a_report_that_there_is_not_is_refused_before_the_first_stage():
+    with pytest.raises(
+        UserError, match=r"report is 'plan'; there are: report, simulation\.report, distil_ablation, or ''"
+    ):
+        PipelineSettings(report="plan")
