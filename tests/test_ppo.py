@@ -12,6 +12,7 @@ from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from accelerate import Accelerator
@@ -432,7 +433,7 @@ def test_a_run_killed_again_and_again_is_the_undisturbed_one(paths, tmp_path, ki
     here = Path(__file__).resolve().parent
     code = f"from test_ppo import run_ppo\nrun_ppo({paths!r}, {str(tmp_path / 'killed')!r}, *{extra!r}, total=8)\n"
     found = os.pathsep.join([str(here.parent), str(here), os.environ.get("PYTHONPATH", "")])
-    found = {**os.environ, "PYTHONPATH": found, "OMP_NUM_THREADS": "1"}
+    found = {**os.environ, "PYTHONPATH": found, "OMP_NUM_THREADS": str(torch.get_num_threads())}  # sums in one order
     moments = random.Random(kind)
     settings_file = tmp_path / "killed" / "settings.yaml"
     starts = 0
@@ -452,11 +453,15 @@ def test_a_run_killed_again_and_again_is_the_undisturbed_one(paths, tmp_path, ki
             process.kill()
             process.wait()
     assert starts > 1
-    assert metrics(tmp_path / "straight") == metrics(tmp_path / "killed")
-    assert torch.equal(final_weights(tmp_path / "straight"), final_weights(tmp_path / "killed"))
-    samples = [(tmp_path / name / "samples.jsonl").read_text() for name in ("straight", "killed")]
-    assert samples[0] == samples[1]
-    one, other = (tmp_path / name / "checkpoint-8" for name in ("straight", "killed"))
+    assert_same_run(tmp_path / "straight", tmp_path / "killed", last=8)
+
+
+def assert_same_run(straight, killed, last):
+    """To the bit: figures, samples, weights, and all that the checkpoint of iteration `last` holds but times."""
+    assert metrics(straight) == metrics(killed)
+    assert torch.equal(final_weights(straight), final_weights(killed))
+    assert (straight / "samples.jsonl").read_text() == (killed / "samples.jsonl").read_text()
+    one, other = (folder / f"checkpoint-{last}" for folder in (straight, killed))
     assert sorted(path.name for path in one.iterdir()) == sorted(path.name for path in other.iterdir())
     for path in one.glob("*.safetensors"):  # policy, value model, moments of the optimizer
         ours, theirs = load_file(path), load_file(other / path.name)
@@ -866,7 +871,7 @@ LORA = ("--use_peft", "true", "--lora_r", "4", "--gradient_checkpointing", "true
 IN_PARTS = ("--sampling_token_budget", "64", "--gather_weights", "false")
 
 
-def run_on_two(paths, script, output, *extra, environment, total):
+def start_two(paths, script, output, *extra, environment, total):
     here = Path(__file__).resolve().parent
     before = NO_BUILD if environment is ZERO3 else ""
     script.write_text(
@@ -876,7 +881,11 @@ def run_on_two(paths, script, output, *extra, environment, total):
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     found = os.pathsep.join([str(here.parent), str(here), os.environ.get("PYTHONPATH", "")])
     found = {**os.environ, "PYTHONPATH": found, "OMP_NUM_THREADS": "1", **environment}
-    subprocess.run([*launch, str(script)], env=found, check=True, timeout=180)
+    return subprocess.Popen([*launch, str(script)], env=found)
+
+
+def run_on_two(*args, **kwargs):
+    assert start_two(*args, **kwargs).wait(timeout=180) == 0
 
 
 @pytest.mark.slow
@@ -914,6 +923,33 @@ def test_two_processes_reach_what_one_does(paths, tmp_path, environment, extra):
     moved = final_weights(tmp_path / "one") - torch.cat([p.detach().flatten() for p in start.parameters()])
     assert moved.abs().max() > 1e-4
     torch.testing.assert_close(final_weights(tmp_path / "two"), final_weights(tmp_path / "one"), atol=1e-5, rtol=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("environment", [{}, FSDP2], ids=["copies", "sharded"])
+def test_two_processes_of_which_one_is_killed_again_and_again_are_the_undisturbed_run(paths, tmp_path, environment):
+    """SIGKILL of either at random moments of any phase: the launcher ends the other, the same command goes on."""
+    extra = ("--save_steps", "1", "--save_best", "true")
+    run_on_two(paths, tmp_path / "straight.py", tmp_path / "straight", *extra, environment=environment, total=6)
+    moments = random.Random(7)
+    settings_file = tmp_path / "killed" / "settings.yaml"
+    kills = 0
+    while True:
+        launched = time.time()
+        launcher = start_two(
+            paths, tmp_path / "killed.py", tmp_path / "killed", *extra, environment=environment, total=6
+        )
+        while launcher.poll() is None and not (settings_file.exists() and settings_file.stat().st_mtime > launched):
+            time.sleep(0.02)
+        try:
+            assert launcher.wait(timeout=120 if kills >= 5 else moments.uniform(0.1, 2.0)) == 0
+            break
+        except subprocess.TimeoutExpired:
+            moments.choice(psutil.Process(launcher.pid).children()).kill()
+            assert launcher.wait(timeout=60) != 0
+            kills += 1
+    assert kills >= 1
+    assert_same_run(tmp_path / "straight", tmp_path / "killed", last=6)
 
 
 def test_ppo_raises_the_reward(paths, tmp_path):
