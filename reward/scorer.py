@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from reward.collate import batches_by_budget, pad_right
 from reward.model import takes_trees, tree_scores
@@ -25,13 +26,15 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 
 @torch.inference_mode()
-def score_ids(model: Any, id_lists: Sequence[IdList], token_budget: int = 8192, k: int = 1) -> Tensor:
+def score_ids(
+    model: Any, id_lists: Sequence[IdList], token_budget: int = 8192, k: int = 1, progress: str = ""
+) -> Tensor:
     """Raw score r at the last token of each of N id lists; float32 [N] on the CPU, in the order of the input.
 
     `model` is from reward.model, with or without LoRA. What stands in the padding never matters: lengths are explicit.
     With `k` above 1, entries p * k to p * k + k - 1 are responses to one prompt, which is then computed once for as
-    many of them as is cheaper (reward/tree.py), where the model allows it. Raises ValueError for an empty list, or
-    where N is not a multiple of k.
+    many of them as is cheaper (reward/tree.py), where the model allows it. `progress` names a bar to show; none by
+    default. Raises ValueError for an empty list, or where N is not a multiple of k.
     """
     lengths = [len(ids) for ids in id_lists]
     if 0 in lengths:
@@ -40,7 +43,8 @@ def score_ids(model: Any, id_lists: Sequence[IdList], token_budget: int = 8192, 
         raise ValueError(f"{len(id_lists)} id lists are not {k} a prompt")
     device = next(model.parameters()).device
     result_N = torch.empty(len(id_lists), dtype=torch.float32)
-    with evaluation_mode(model):
+    bar = tqdm(total=len(id_lists), desc=progress, unit="response", disable=not progress)
+    with evaluation_mode(model), bar:
         if k > 1 and takes_trees(model):
             trees = [
                 [first + i for i in tree]
@@ -53,11 +57,13 @@ def score_ids(model: Any, id_lists: Sequence[IdList], token_budget: int = 8192, 
                 scores_BK = tree_scores(model, {name: tensor.to(device) for name, tensor in inputs.items()}).cpu()
                 for b, scores_K in zip(batch, scores_BK, strict=True):
                     result_N[trees[b]] = scores_K[: len(trees[b])]
+                    bar.update(len(trees[b]))
         else:
             for batch in batches_by_budget(lengths, token_budget):
                 input_ids_BT, mask_BT = pad_right([id_lists[i] for i in batch], pad_id=0)
                 scores_B1 = model(input_ids=input_ids_BT.to(device), attention_mask=mask_BT.to(device)).logits
                 result_N[batch] = scores_B1[:, 0].cpu()
+                bar.update(len(batch))
     return result_N
 
 

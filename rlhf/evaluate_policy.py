@@ -73,7 +73,7 @@ def respond(
 ) -> tuple[list[list[int]], list[list[int]], list[str]]:
     """Samples k responses a prompt: (prompt ids, response ids, finish reasons), each of length len(records) * k."""
     prompts = [chat.encode_prompt(record["prompt"]) for record in records]
-    batch = sample(model, prompts, k, sampling, stop_ids=chat.stop_ids, pad_id=pad_id, seed=seed)
+    batch = sample(model, prompts, k, sampling, stop_ids=chat.stop_ids, pad_id=pad_id, seed=seed, progress=True)
     return [ids for ids in prompts for _ in range(k)], batch.response_ids, batch.finish_reasons
 
 
@@ -152,7 +152,7 @@ def evaluate(settings: EvaluateSettings, run: RunFolder) -> dict[str, Any]:
     end = chat.ended if settings.end_cut_responses else list
 
     def score(name: str, dialogues: list[list[int]], k: int) -> Tensor:
-        return score_ids(reward_models[name], [end(ids) for ids in dialogues], k=k)
+        return score_ids(reward_models[name], [end(ids) for ids in dialogues], k=k, progress=f"{name} scores")
 
     summary: dict[str, Any] = {"prompts": len(records), "ci95": {}}
     rows: list[dict[str, Any]] = [

@@ -101,7 +101,7 @@ def judged(rows: list[Row], models: dict[str, Any], chat: ChatFormat, settings: 
     is_safety = [bool(row["is_safety"]) for row in rows for _ in row["responses"]]
 
     def score(name: str, id_lists: Any) -> torch.Tensor:
-        return score_ids(models[name], id_lists, settings.score_token_budget)
+        return score_ids(models[name], id_lists, settings.score_token_budget, progress=name)
 
     if settings.end_cut_responses:
         responses = [chat.ended(ids) for ids in responses]

@@ -202,11 +202,14 @@ def test_scores_follow_the_settings_of_the_reward(paths, run, tmp_path, monkeypa
     assert summary["reward_rule"] == 1.5
 
 
-def test_one_reward_model_alone_scores_alone(paths, tmp_path):
+def test_one_reward_model_alone_scores_alone(paths, tmp_path, capsys):
     unnamed = ("--safety_model_path", paths["safety"])
     summary = main([word for word in call(paths, tmp_path / "run") if word not in unnamed])
     assert "reward_helpfulness" in summary
     assert not {"reward_safety", "reward_combined"} & summary.keys()
+    shown = capsys.readouterr().err
+    assert f"sampling: 100%|{'█' * 10}| {10 * SAMPLES}/" in shown
+    assert "helpfulness scores: 100%" in shown
 
 
 def test_each_row_has_the_samples_of_its_own_prompt(paths, run):

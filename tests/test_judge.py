@@ -327,7 +327,7 @@ def liking_dogs(monkeypatch):
     """A judge whose score is 2 for a response with the word dog, 0 without, plus a hundredth a token."""
     dog = tiny_tokenizer().encode(" dog", add_special_tokens=False)
 
-    def score_ids(model, id_lists, token_budget):
+    def score_ids(model, id_lists, token_budget, progress):
         found = [any(list(ids[i : i + len(dog)]) == dog for i in range(len(ids))) for ids in id_lists]
         return torch.tensor([2.0 * f + 0.01 * len(ids) for f, ids in zip(found, id_lists, strict=True)])
 
@@ -337,9 +337,11 @@ def liking_dogs(monkeypatch):
 CATS, DOGS = ["a cat runs"] * 30, ["a dog runs"] * 30
 
 
-def test_the_gate_scores_as_the_models_do(paths, tmp_path):
+def test_the_gate_scores_as_the_models_do(paths, tmp_path, capsys):
     before, after = response_rows(CATS[:6]), response_rows(["the house sleeps"] * 6)
     summary = gate(paths, tmp_path, before, after, "--on_failure", "warn")
+    shown = capsys.readouterr().err
+    assert all(f"{name}: 100%" in shown for name in ("judge_helpfulness", "judge_safety"))
     helpfulness, safety = (
         AutoModelForSequenceClassification.from_pretrained(paths[name])
         for name in ("judge_helpfulness", "judge_safety")

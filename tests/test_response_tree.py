@@ -160,6 +160,15 @@ def test_scores_of_k_responses_do_not_depend_on_the_trees(llama, drawn, response
     torch.testing.assert_close(as_trees, score_ids(llama, ids), atol=2e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("k", [1, 3])
+def test_a_named_bar_counts_every_response(llama, capsys, k):
+    ids = [[5, 6, 7, last] for last in range(2, 8)]
+    score_ids(llama, ids, token_budget=10, k=k)
+    assert capsys.readouterr().err == ""
+    score_ids(llama, ids, token_budget=10, k=k, progress="safety")
+    assert "6/6" in capsys.readouterr().err
+
+
 def test_a_number_of_dialogues_that_is_no_multiple_of_k_is_refused(llama):
     with pytest.raises(ValueError, match="3 id lists are not 2 a prompt"):
         score_ids(llama, [[1], [2], [3]], k=2)
