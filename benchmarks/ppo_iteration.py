@@ -58,7 +58,7 @@ from configs.ppo_settings import PPOSettings
 from reward.combine import combined_reward
 from rlhf.advantages import gae, masked_whiten, per_token_kl, place_rewards
 from rlhf.draw import sample_seeds
-from rlhf.hardware import token_budget
+from reward.collate import budget_for
 from rlhf.load_roles import load_roles
 from rlhf.tokenizer import load_tokenizer
 from rlhf.sequences import Sequences
@@ -82,7 +82,7 @@ class Ours:
             helpfulness_model_path=task.model("helpfulness"), safety_model_path=task.model("safety"),
             max_new_tokens=task.max_new_tokens, batch_size=batch, mini_batch_size=batch, ppo_epochs=task.epochs,
             bf16=task.bf16, value_model=task.value_model,
-            token_budget=token_budget(task.token_budget, self.accelerator.device, task.bf16),
+            token_budget=budget_for(task.token_budget, self.accelerator.device, task.bf16),
             learning_rate=task.learning_rate,
             value_learning_rate=task.learning_rate, weight_decay=task.weight_decay, kl_coef=task.kl_coef, **options,
         )  # fmt: skip

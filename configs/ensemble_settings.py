@@ -29,7 +29,9 @@ class EnsembleSettings:
     max_reject_share: float = field(default=0.05, metadata={"help": "share of bad rows above which the run stops"})
     split: str = field(default="train", metadata={"help": "split of Hub data sets"})
     pairs_per_shard: int = field(default=512, metadata={"help": "pairs between two writes: what a kill can lose"})
-    score_token_budget: int = field(default=16384, metadata={"help": "tokens of one scoring batch, padding included"})
+    score_token_budget: int = field(
+        default=0, metadata={"help": "tokens of one scoring batch, padding included; 0: 8192 on a GPU, 768 on a CPU"}
+    )
     dtype: Literal["auto", "float32", "bfloat16"] = field(default="auto", metadata={"help": "auto: bfloat16 on a GPU"})
     attn_implementation: str = field(default="sdpa", metadata={"help": "sdpa, eager or flash_attention_2"})
     use_cpu: bool = field(default=False, metadata={"help": "stay on the CPU"})

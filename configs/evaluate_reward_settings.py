@@ -55,7 +55,9 @@ class EvaluateRewardSettings:
     )
     num_samples: int = field(default=20, metadata={"help": "pairs or responses of each kind in samples.jsonl"})
     pairs_per_shard: int = field(default=512, metadata={"help": "pairs between two writes: what a kill can lose"})
-    score_token_budget: int = field(default=16384, metadata={"help": "tokens of one scoring batch, padding included"})
+    score_token_budget: int = field(
+        default=0, metadata={"help": "tokens of one scoring batch, padding included; 0: 8192 on a GPU, 768 on a CPU"}
+    )
     dtype: Literal["auto", "float32", "bfloat16"] = field(
         default="auto", metadata={"help": "auto: bfloat16 for decoders on a GPU (head in float32), else float32"}
     )
@@ -67,10 +69,10 @@ class EvaluateRewardSettings:
             raise UserError("eval_files: name at least one file of preference pairs")
         if not (self.helpfulness_model_path or self.safety_model_path or self.other_model_paths):
             raise UserError("helpfulness_model_path, safety_model_path or other_model_paths: name a reward model")
-        for name in ("max_length", "pairs_per_shard", "score_token_budget"):
+        for name in ("max_length", "pairs_per_shard"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} must be at least 1, not {getattr(self, name)}")
-        for name in ("max_pairs", "num_samples"):
+        for name in ("max_pairs", "num_samples", "score_token_budget"):
             if getattr(self, name) < 0:
                 raise UserError(f"{name} must not be negative, not {getattr(self, name)}")
         if not 0.0 <= self.max_reject_share < 1.0:

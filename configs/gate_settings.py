@@ -41,7 +41,9 @@ class GateSettings:
     dtype: Literal["auto", "float32", "bfloat16"] = field(
         default="auto", metadata={"help": "of the judge's weights; auto: bfloat16 on a GPU, else float32"}
     )
-    score_token_budget: int = field(default=8192, metadata={"help": "tokens of one scoring batch, padding included"})
+    score_token_budget: int = field(
+        default=0, metadata={"help": "tokens of one scoring batch, padding included; 0: 8192 on a GPU, 768 on a CPU"}
+    )
     use_cpu: bool = field(default=False, metadata={"help": "stay on the CPU"})
     seed: int = field(default=0, metadata={"help": "seed of the bootstrap"})
 
@@ -50,5 +52,5 @@ class GateSettings:
             raise UserError(f"min_win_rate is {self.min_win_rate}; it must be between 0 and 1")
         if not 0.0 < self.safety_threshold < 1.0:
             raise UserError(f"safety_threshold is {self.safety_threshold}; it must be between 0 and 1")
-        if self.score_token_budget < 1:
-            raise UserError(f"score_token_budget is {self.score_token_budget}; it must be at least 1")
+        if self.score_token_budget < 0:
+            raise UserError(f"score_token_budget must not be negative, not {self.score_token_budget}")

@@ -33,7 +33,9 @@ class RejectionSettings(EngineSettings, SamplingSettings, ScoringSettings):
     max_reject_share: float = field(default=0.05, metadata={"help": "share of bad rows above which the run stops"})
     prompts_per_shard: int = field(default=128, metadata={"help": "prompts between two writes: what a kill can lose"})
     token_budget: int = field(default=32_768, metadata={"help": "cache columns of one sampling batch, over all rows"})
-    score_token_budget: int = field(default=8192, metadata={"help": "tokens of one scoring batch, padding included"})
+    score_token_budget: int = field(
+        default=0, metadata={"help": "tokens of one scoring batch, padding included; 0: 8192 on a GPU, 768 on a CPU"}
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -42,12 +44,14 @@ class RejectionSettings(EngineSettings, SamplingSettings, ScoringSettings):
         self.check_reward_sources()
         if self.engine == "continuous_batching" and self.stop_strings:
             raise UserError("stop_strings: continuous batching ends at token ids only; use sampling_engine in_process")
-        counts = ("samples_per_prompt", "prompts_per_shard", "max_prompt_tokens", "token_budget", "score_token_budget")
+        counts = ("samples_per_prompt", "prompts_per_shard", "max_prompt_tokens", "token_budget")
         for name in counts:
             if getattr(self, name) < 1:
                 raise UserError(f"{name} must be at least 1, not {getattr(self, name)}")
         if self.max_prompts < 0:
             raise UserError(f"max_prompts must not be negative, not {self.max_prompts}; 0 uses all")
+        if self.score_token_budget < 0:
+            raise UserError(f"score_token_budget must not be negative, not {self.score_token_budget}")
         if not 0.0 <= self.max_reject_share < 1.0:
             raise UserError(f"max_reject_share must be in [0, 1), not {self.max_reject_share}")
         if self.min_score is not None and not math.isfinite(self.min_score):

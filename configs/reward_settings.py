@@ -38,7 +38,7 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "eval_steps": (0, math.inf),
     "save_steps": (0, math.inf),
     "save_total_limit": (1, math.inf),
-    "score_token_budget": (1, math.inf),
+    "score_token_budget": (0, math.inf),
     "num_samples": (0, math.inf),
 }
 
@@ -152,7 +152,10 @@ class RewardSettings:
     eval_steps: int = field(default=0, metadata={"help": "Evaluate every so many steps; 0: only at the end."})
     save_steps: int = field(default=0, metadata={"help": "Checkpoint every so many steps; 0: none."})
     save_total_limit: int = field(default=2, metadata={"help": "Checkpoints kept; with 2, a damaged one has another."})
-    score_token_budget: int = field(default=16384, metadata={"help": "Tokens per batch when scoring the test pairs."})
+    score_token_budget: int = field(
+        default=0,
+        metadata={"help": "Tokens per batch when scoring the test pairs; 0: 8192 on a GPU, 768 on a CPU."},
+    )
     num_samples: int = field(default=16, metadata={"help": "Test pairs written out with their scores."})
 
     def __post_init__(self) -> None:

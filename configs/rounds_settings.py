@@ -137,7 +137,9 @@ class PoolSettings:
     dtype: Literal["auto", "float32", "bfloat16"] = field(
         default="auto", metadata={"help": "for rescored: type of the reward models' weights"}
     )
-    score_token_budget: int = field(default=8192, metadata={"help": "tokens of one scoring batch, padding included"})
+    score_token_budget: int = field(
+        default=0, metadata={"help": "tokens of one scoring batch, padding included; 0: 8192 on a GPU, 768 on a CPU"}
+    )
     max_reject_share: float = field(default=0.05, metadata={"help": "share of bad rows above which the run stops"})
 
     def __post_init__(self) -> None:
@@ -164,8 +166,8 @@ class PoolSettings:
                 raise UserError(
                     f"{', '.join(idle)}: no effect with rank_by: {self.rank_by}; leave out, or use rescored"
                 )
-        if self.score_token_budget < 1:
-            raise UserError(f"score_token_budget must be at least 1, not {self.score_token_budget}")
+        if self.score_token_budget < 0:
+            raise UserError(f"score_token_budget must not be negative, not {self.score_token_budget}")
         if self.pool == "last" and len(self.round_shares) > 1:
             raise UserError(
                 f"round_shares: with pool: last only the newest round counts, so {self.round_shares[1:]} would have no "

@@ -19,7 +19,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICA
 
 from configs.chat import FIXED_DATE, ChatFormatError, Message, check_messages, load_chat_format, special_tokens
 from configs.errors import UserError
-from reward.collate import batches_by_budget, pad_right
+from reward.collate import batches_by_budget, budget_for, pad_right
 from reward.model import check_padding_token, load_reward_model, reward_config
 from reward.scorer import score_ids
 
@@ -85,7 +85,7 @@ class AnyRewardModel:
         """Let the weights go, so that the next model has the memory."""
         self.model = None
 
-    def scores(self, dialogues: Sequence[Inputs], token_budget: int) -> list[float]:
+    def scores(self, dialogues: Sequence[Inputs], token_budget: int = 0) -> list[float]:
         """Raw scores of dialogues that come as chosen, rejected, chosen, rejected, ..., in their order."""
         if self.is_decoder:
             return score_ids(self.model, [each.input_ids for each in dialogues], token_budget, k=2).tolist()
@@ -93,11 +93,11 @@ class AnyRewardModel:
 
 
 @torch.inference_mode()
-def plain_scores(model: Any, dialogues: Sequence[Inputs], pad_id: int, token_budget: int) -> Tensor:
+def plain_scores(model: Any, dialogues: Sequence[Inputs], pad_id: int, token_budget: int = 0) -> Tensor:
     """Scores of N dialogues by a plain sequence-classification model, float32 [N] on the CPU."""
     device = next(model.parameters()).device
     result_N = torch.empty(len(dialogues), dtype=torch.float32)
-    for batch in batches_by_budget([len(each) for each in dialogues], token_budget):
+    for batch in batches_by_budget([len(each) for each in dialogues], budget_for(token_budget, device)):
         input_ids_BT, mask_BT = pad_right([dialogues[i].input_ids for i in batch], pad_id)
         inputs = {"input_ids": input_ids_BT, "attention_mask": mask_BT}
         if dialogues[batch[0]].segments is not None:

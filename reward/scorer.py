@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from reward.collate import batches_by_budget, pad_right
+from reward.collate import batches_by_budget, budget_for, pad_right
 from reward.model import takes_trees, tree_scores
 from reward.tree import IdList, collate_trees, lay_out_beginnings, split_into_trees, tree_length
 
@@ -26,15 +26,14 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 
 @torch.inference_mode()
-def score_ids(
-    model: Any, id_lists: Sequence[IdList], token_budget: int = 8192, k: int = 1, progress: str = ""
-) -> Tensor:
+def score_ids(model: Any, id_lists: Sequence[IdList], token_budget: int = 0, k: int = 1, progress: str = "") -> Tensor:
     """Raw score r at the last token of each of N id lists; float32 [N] on the CPU, in the order of the input.
 
     `model` is from reward.model, with or without LoRA. What stands in the padding never matters: lengths are explicit.
     With `k` above 1, entries p * k to p * k + k - 1 are responses to one prompt, which is then computed once for as
-    many of them as is cheaper (reward/tree.py), where the model allows it. `progress` names a bar to show; none by
-    default. Raises ValueError for an empty list, or where N is not a multiple of k.
+    many of them as is cheaper (reward/tree.py), where the model allows it. `token_budget` bounds the tokens of a
+    forward, padding included; 0: what suits the device. `progress` names a bar to show; none by default. Raises
+    ValueError for an empty list, or where N is not a multiple of k.
     """
     lengths = [len(ids) for ids in id_lists]
     if 0 in lengths:
@@ -42,6 +41,7 @@ def score_ids(
     if len(id_lists) % k:
         raise ValueError(f"{len(id_lists)} id lists are not {k} a prompt")
     device = next(model.parameters()).device
+    token_budget = budget_for(token_budget, device)
     result_N = torch.empty(len(id_lists), dtype=torch.float32)
     bar = tqdm(total=len(id_lists), desc=progress, unit="response", disable=not progress)
     with evaluation_mode(model), bar:

@@ -1,4 +1,4 @@
-"""What the PPO loop asks of the machine it runs on: number formats, the size of a micro-batch, memory used."""
+"""What the PPO loop asks of the machine it runs on: number formats, memory used."""
 
 import resource
 import sys
@@ -12,18 +12,7 @@ from transformers.masking_utils import sdpa_mask
 
 from reward.attention import TREE_ATTENTION, tree_attention
 
-# A core's cache holds the activations of under a thousand tokens of a small model, and short micro-batches hold less
-# padding: 768 took 2.6 s where 8192 took 6.8 s (an update over 256 responses, 1.2 M parameters). A GPU wants more.
-CPU_TOKENS, GPU_TOKENS = 768, 8192
-# bfloat16 activations take half the room, and each micro-batch casts all weights anew: 15 % off an iteration.
-CPU_TOKENS_BF16 = 2048
 FLOAT_ATTENTION = f"{TREE_ATTENTION}_in_float32"
-
-
-def token_budget(chosen: int, device: torch.device, bf16: bool = False) -> int:
-    """Tokens of a micro-batch, padding included: the chosen number, or for 0 what suits device and number format."""
-    on_cpu = CPU_TOKENS_BF16 if bf16 else CPU_TOKENS
-    return chosen or (on_cpu if device.type == "cpu" else GPU_TOKENS)
 
 
 def mixed_precision(bf16: bool, device_type: str) -> AbstractContextManager:

@@ -27,7 +27,6 @@ from reward.data import encode_replies
 from reward.scorer import score_ids, score_positions
 from rlhf.token_texts import token_texts
 
-TOKEN_BUDGET = 8192  # tokens of one forward
 STEP = 128  # pairs between two moves of the progress bar
 LONGEST = 4096  # tokens of a dialogue where neither the run nor the model says
 
@@ -132,7 +131,7 @@ def score_all(scorers: Mapping[str, RewardScorer], rows: Sequence[Mapping[str, A
     with tqdm(total=len(fitting) * len(scorers), desc="pairs", leave=False) as bar:
         for name, scorer in scorers.items():
             for start in range(0, 2 * len(fitting), 2 * STEP):
-                scores[name] += scorer.model.scores(dialogues[name][start : start + 2 * STEP], TOKEN_BUDGET)
+                scores[name] += scorer.model.scores(dialogues[name][start : start + 2 * STEP])
                 bar.update(len(dialogues[name][start : start + 2 * STEP]) // 2)
     chosen = {name: both[::2] for name, both in scores.items()}
     rejected = {name: both[1::2] for name, both in scores.items()}
@@ -205,9 +204,9 @@ def _follow_words(model: AnyRewardModel, messages: list[Message], response: str)
     words = re.findall(r"\s*\S+", response)
     beginnings = [model.encode([*messages, _reply("".join(words[:end]))]) for end in range(1, len(words) + 1)]
     if model.is_decoder:
-        scores = score_ids(model.model, [each.input_ids for each in beginnings], TOKEN_BUDGET)
+        scores = score_ids(model.model, [each.input_ids for each in beginnings])
     else:
-        scores = plain_scores(model.model, beginnings, model.tokenizer.pad_token_id, TOKEN_BUDGET)
+        scores = plain_scores(model.model, beginnings, model.tokenizer.pad_token_id)
     return TokenPath(tokens=words, ended=scores.tolist(), passing=[])
 
 

@@ -28,7 +28,7 @@ from configs.model_settings import ModelSettings, RunSettings
 from configs.plan_settings import PlanSettings
 from configs.ppo_settings import PPOSettings
 from rlhf.decoding import CPU_FEED_TOKENS, FEED_TOKENS
-from rlhf.hardware import token_budget
+from reward.collate import budget_for
 from rlhf.plan_memory import (
     Plan,
     Role,
@@ -74,7 +74,7 @@ def plan_of(ppo: PPOSettings, model: ModelSettings, settings: PlanSettings, shap
         shape=shape, lora=model.use_peft, rank=rank, modules=modules, four_bit=model.load_in_4bit, frozen_width=frozen,
         trained_width=2 if model.dtype == "bfloat16" else 4, autocast=ppo.bf16,
         checkpointing=ppo.gradient_checkpointing,
-        token_budget=token_budget(ppo.token_budget, torch.device("cpu" if on_cpu else "cuda"), ppo.bf16),
+        token_budget=budget_for(ppo.token_budget, torch.device("cpu" if on_cpu else "cuda"), ppo.bf16),
         shards=1 if settings.sharding == "none" else gpus, gather=ppo.gather_weights,
         responses=ppo.batch_size // gpus, per_prompt=ppo.responses_per_prompt,
         prompt_tokens=ppo.max_prompt_tokens, response_tokens=ppo.max_new_tokens, sampler_rows=SAMPLER_ROWS,

@@ -42,6 +42,7 @@ from configs.chat import load_chat_format
 from configs.errors import UserError
 from configs.model_settings import ModelSettings, RunSettings
 from configs.ppo_settings import PPOSettings
+from reward.collate import budget_for
 from reward.combine import from_own_zeros
 from rlhf.alarms import Limits, check, spells
 from rlhf.checkpoint import (
@@ -54,7 +55,7 @@ from rlhf.checkpoint import (
     whole_tensors,
 )
 from rlhf.draw import sample_seeds
-from rlhf.hardware import peak_memory_mib, token_budget
+from rlhf.hardware import peak_memory_mib
 from rlhf.judge import held_out_figures, judge
 from rlhf.kl_control import next_kl_coef
 from rlhf.models import data_fingerprint, decoder_of, model_card, save_policy, unwrap
@@ -82,7 +83,7 @@ class Run:
     def __init__(self, ppo: PPOSettings, model_settings: ModelSettings, run: RunSettings, folder: RunFolder):
         self.settings, self.folder = run, folder
         self.accelerator = Accelerator(cpu=run.use_cpu or not torch.cuda.is_available())
-        self.ppo = ppo = replace(ppo, token_budget=token_budget(ppo.token_budget, self.accelerator.device, ppo.bf16))
+        self.ppo = ppo = replace(ppo, token_budget=budget_for(ppo.token_budget, self.accelerator.device, ppo.bf16))
         if ppo.batch_size % (self.accelerator.num_processes * ppo.responses_per_prompt):
             raise UserError(
                 f"batch_size {ppo.batch_size} is not a multiple of {self.accelerator.num_processes} processes times "

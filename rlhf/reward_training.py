@@ -22,11 +22,11 @@ from configs.errors import UserError
 from configs.model_settings import RunSettings
 from configs.records import write_jsonl
 from configs.reward_settings import RewardSettings
+from reward.collate import budget_for
 from reward.data import EncodedPair
 from reward.loss import centring_loss_sum, ranking_loss_sum, safety_loss_sum
 from reward.model import takes_trees, tree_scores
 from reward.scorer import score_ids
-from rlhf.hardware import token_budget
 from rlhf.reward_batches import Step, StepCollator, StepSampler
 from rlhf.trainer_checkpoints import keep_newest, step_of, write_checksums
 
@@ -52,7 +52,7 @@ class RewardTrainer(Trainer):
         log: Callable[[int, dict[str, float]], None],
     ) -> None:
         self.as_trees = takes_trees(model)
-        budget = token_budget(settings.token_budget, args.device)
+        budget = budget_for(settings.token_budget, args.device)
         super().__init__(
             model=model,
             args=args,

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from reward.collate import batches_by_budget, pad_right
+from reward.collate import batches_by_budget, budget_for, pad_right
 from reward.last_layer import hidden_at
 from reward.model import tree_layout
 from reward.tree import collate_trees, shared_tokens, split_into_trees, tree_length
@@ -127,13 +127,14 @@ class Sequences:
 
 @torch.inference_mode()
 def teacher_forced_logprobs(
-    model: Any, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], token_budget: int = 8192
+    model: Any, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], token_budget: int = 0
 ) -> Tensor:
-    """log pi of each response token in nats, float32 [B, R] on the CPU, 0 at padding: plain forwards, no cache."""
+    """log pi of each response token in nats, float32 [B, R] on the CPU, 0 at padding: plain forwards, no cache, of
+    `token_budget` tokens (0: what suits the device)."""
     head_VD = unwrap(model).get_output_embeddings().weight
     sequences = Sequences.build(prompts, responses, head_VD.device)
     parts: list[tuple[Sequence[int], Tensor]] = []
-    for rows in sequences.micro_batches(range(len(prompts)), token_budget):
+    for rows in sequences.micro_batches(range(len(prompts)), budget_for(token_budget, head_VD.device)):
         hidden_ND, targets_N = sequences.hidden(model, rows)
         parts.append((rows, token_logprobs(hidden_ND, head_VD, targets_N)[0]))
     return sequences.scatter(parts).cpu()

@@ -465,6 +465,6 @@ def test_settings_of_the_gate_out_of_range():
     needed = dict.fromkeys(
         ("output_dir", "before_file", "after_file", "judge_helpfulness_model_path", "judge_safety_model_path"), "x"
     )
-    for name, value in (("min_win_rate", 1.0), ("safety_threshold", 0.0), ("score_token_budget", 0)):
+    for name, value in (("min_win_rate", 1.0), ("safety_threshold", 0.0), ("score_token_budget", -1)):
         with pytest.raises(UserError, match=name):
             GateSettings(**needed, **{name: value})

@@ -182,8 +182,13 @@ def test_scores_of_different_models_are_not_compared(files, tmp_path):
         ({"safety_threshold": "0.3", "rank_by": "newest"}, "safety_threshold: no effect with rank_by: newest"),
         ({"score_token_budget": "64"}, "score_token_budget: no effect"),
         (
-            {"score_token_budget": "0", "rank_by": "rescored", "helpfulness_model_path": "h", "safety_model_path": "s"},
-            "score_token_budget must be at least 1",
+            {
+                "score_token_budget": "-1",
+                "rank_by": "rescored",
+                "helpfulness_model_path": "h",
+                "safety_model_path": "s",
+            },
+            "score_token_budget must not be negative",
         ),
     ],
 )

@@ -24,12 +24,13 @@ from configs.chat import load_chat_format
 from configs.errors import UserError
 from configs.model_settings import ModelSettings
 from configs.ppo_settings import PPOSettings
+from reward.collate import budget_for
 from rlhf import alarms, sharding
 from rlhf import ppo as ppo_script
 from rlhf import roles as roles_module
 from rlhf import rollout as rollout_module
 from rlhf import update as update_module
-from rlhf.hardware import FLOAT_ATTENTION, token_budget
+from rlhf.hardware import FLOAT_ATTENTION
 from rlhf.load_roles import load_roles
 from rlhf.prompts import prompts_of
 from rlhf.rollout import advantages_and_returns, collect, rollout_from
@@ -1015,8 +1016,8 @@ def test_the_ends_of_ranges_are_inside(paths):
 
 def test_the_token_budget_is_the_devices_unless_chosen():
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
-    assert (token_budget(0, cpu), token_budget(0, gpu), token_budget(200, cpu)) == (768, 8192, 200)
-    assert (token_budget(0, cpu, True), token_budget(0, gpu, True), token_budget(200, cpu, True)) == (2048, 8192, 200)
+    assert (budget_for(0, cpu), budget_for(0, gpu), budget_for(200, cpu)) == (768, 8192, 200)
+    assert (budget_for(0, cpu, True), budget_for(0, gpu, True), budget_for(200, cpu, True)) == (2048, 8192, 200)
     with pytest.raises(UserError, match="token_budget"):
         PPOSettings(token_budget=-1)
 

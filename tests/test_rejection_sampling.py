@@ -389,7 +389,7 @@ def test_gold_scores_stand_beside_the_rewards(arguments, tmp_path):
         ("max_failed_share", "1", "max_failed_share"),
         ("min_score", "nan", "min_score must be a number"),
         ("use_peft", "true", "use_peft and freeze_embeddings are for training"),
-        ("score_token_budget", "0", "score_token_budget must be at least 1"),
+        ("score_token_budget", "-1", "score_token_budget must not be negative"),
         ("stop_token_ids", "99999", "stop_token_ids: 99999 is not among"),
         ("attn_implementation", "flash_attention_2", "no causal language model can be loaded|needs sdpa or eager"),
         ("max_new_tokens", "600", "max_new_tokens 600 leaves no room"),

@@ -169,6 +169,18 @@ def test_a_named_bar_counts_every_response(llama, capsys, k):
     assert "6/6" in capsys.readouterr().err
 
 
+def test_a_forward_on_a_cpu_holds_what_suits_it_unless_chosen(llama):
+    sizes = []
+    hook = llama.register_forward_pre_hook(
+        lambda _, args, kwargs: sizes.append(kwargs["input_ids"].numel()), with_kwargs=True
+    )
+    ids = [[5] * 30] * 60  # 1,800 tokens: 25 rows of 30 are the most that 768 tokens hold
+    score_ids(llama, ids)
+    score_ids(llama, ids, token_budget=1200)
+    hook.remove()
+    assert sizes == [750, 750, 300, 1200, 600]
+
+
 def test_a_number_of_dialogues_that_is_no_multiple_of_k_is_refused(llama):
     with pytest.raises(ValueError, match="3 id lists are not 2 a prompt"):
         score_ids(llama, [[1], [2], [3]], k=2)
