@@ -48,9 +48,9 @@ from rlhf.tokenizer import load_tokenizer
 IdLists = Sequence[Sequence[int]]
 
 
-def response_logprobs(model: Any, prompts: IdLists, responses: IdLists) -> Tensor:
+def response_logprobs(model: Any, prompts: IdLists, responses: IdLists, token_budget: int = 0) -> Tensor:
     """Sum over each response of log pi(token), in nats: float32 [N] on the CPU, for N prompts and responses of ids."""
-    return teacher_forced_logprobs(model, prompts, responses).sum(1)
+    return teacher_forced_logprobs(model, prompts, responses, token_budget).sum(1)
 
 
 def read_records(settings: EvaluateSettings, chat: Any, room: int) -> list[dict[str, Any]]:
