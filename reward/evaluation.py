@@ -84,6 +84,23 @@ def pair_summary(rows_P: Rows, r_chosen_P: Scores, r_rejected_P: Scores) -> dict
     }
 
 
+def at_chance(summary: Mapping[str, Any]) -> str:
+    """A warning where a model of `pair_summary` is not surely right more often than wrong on any source; else "".
+
+    Surely: the 95 % interval lies above 0.5. One source is enough, because models that are mixed for one kind of prompt
+    may well be wrong on the other.
+    """
+    if not summary["test_pairs"] or any(cell["ci95"][0] > 0.5 for cell in summary["by_source"].values()):
+        return ""
+    low, high = summary["ci95"]
+    return (
+        f"right in {summary['accuracy']:.3f} ({low:.3f} to {high:.3f}) of {summary['test_pairs']} held-out pairs: on "
+        "no source surely better than chance. What relies on this model, as a reward or as a judge, learns noise: "
+        "train it on more pairs or longer (num_train_epochs, learning_rate), or test it on more (eval_files, "
+        "eval_fraction)"
+    )
+
+
 def model_report(rows_P: Rows, r_chosen_P: Scores, r_rejected_P: Scores, thresholds: Sequence[float]) -> dict[str, Any]:
     """`pair_summary` and, beside it, margins, calibration against p_chosen, unsafe responses and length bias.
 

@@ -14,6 +14,7 @@ Writes a run folder: settings, metrics.jsonl, test pairs with scores, summary.js
 Expect an accuracy of 0.5 at the start and, on HH-RLHF, 0.6 to 0.7 after one epoch.
 """
 
+import logging
 import math
 import sys
 from collections import Counter
@@ -38,7 +39,7 @@ from configs.records import write_jsonl  # noqa: E402
 from configs.reward_settings import RewardSettings  # noqa: E402
 from reward import metrics  # noqa: E402
 from reward.data import EncodedPair, encode_pairs  # noqa: E402
-from reward.evaluation import pair_summary  # noqa: E402
+from reward.evaluation import at_chance, pair_summary  # noqa: E402
 from reward.loss import margin_table  # noqa: E402
 from reward.model import add_lora, create_reward_model, save_reward_model  # noqa: E402
 from rlhf.hardware import attend_in_float32  # noqa: E402
@@ -48,6 +49,8 @@ from rlhf.reward_inputs import read_inputs  # noqa: E402
 from rlhf.reward_training import CHECKPOINTS, RewardTrainer, score_pairs, training_arguments  # noqa: E402
 from rlhf.run import NOT_COMPARED, RunFolder  # noqa: E402
 from rlhf.trainer_checkpoints import drop_newer, newest_whole, step_of  # noqa: E402
+
+logger = logging.getLogger(__name__)
 
 
 def main(args: list[str] | None = None) -> dict[str, Any]:
@@ -156,6 +159,8 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
         "train_seconds": trained - started,  # since the last start
     }
     if is_main:
+        if warning := at_chance(summary):
+            logger.warning("%s: %s", output_dir, warning)
         run.samples(trainer.state.global_step, _samples(test_pairs, chosen, rejected, settings.num_samples))
         quoted = {name: value for name, value in summary.items() if isinstance(value, int | float | str)}
         card = model_card(f"reward_{settings.objective}", resolved, data, quoted)

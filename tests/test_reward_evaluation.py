@@ -12,7 +12,15 @@ from matplotlib.figure import Figure
 from configs.records import RATINGS
 from reward.correlation import pearson, ranks, spearman, symmetric
 from reward.detection import average_precision, detection, detection_curve, labelled_responses, roc_auc
-from reward.evaluation import agreement_report, evaluation, length_report, longer_wins, model_report
+from reward.evaluation import (
+    agreement_report,
+    at_chance,
+    evaluation,
+    length_report,
+    longer_wins,
+    model_report,
+    pair_summary,
+)
 from reward.metrics import average, calibration_bins, proportion
 from rlhf import reward_figures as figures
 from rlhf.reward_tables import tables
@@ -43,6 +51,19 @@ def test_pearson_agrees_with_numpy_and_pairs_may_be_turned(pairs):
     turned = [-value if i % 2 else value for i, value in enumerate(x)]
     other = [-value if i % 2 else value for i, value in enumerate(y)]
     assert spearman(symmetric(x), symmetric(y)) == pytest.approx(spearman(symmetric(turned), symmetric(other)))
+
+
+@pytest.mark.parametrize(
+    ("right", "warned"),
+    [((65, 35), False), ((55, 58), True), ((60, 60), False), ((35, 35), True), ((59, 59), True)],
+)
+def test_a_model_that_is_surely_right_on_no_source_is_warned_of(right, warned):
+    # Wilson's 95 % interval of 59, 60 and 65 of 100 begins at 0.492, 0.502 and 0.553
+    outcomes = [(source, i < count) for source, count in zip("ab", right, strict=True) for i in range(100)]
+    rows = [{"source": source} for source, _ in outcomes]
+    summary = pair_summary(rows, [float(good) for _, good in outcomes], [0.5] * 200)
+    words = f"right in {sum(right) / 200:.3f} ("
+    assert at_chance(summary).startswith(words) if warned else at_chance(summary) == ""
 
 
 def test_detection_at_a_threshold_by_hand():

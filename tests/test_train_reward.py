@@ -94,13 +94,20 @@ def jsonl(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_it_learns_and_reports_everything(chat_model, files, tmp_path):
+def test_a_model_that_has_learnt_nothing_is_warned_of(chat_model, files, tmp_path, caplog):
+    main(arguments(chat_model, files, tmp_path, "--learning_rate", "1e-9"))
+    (record,) = [record for record in caplog.records if "surely better than chance" in record.getMessage()]
+    assert record.getMessage().startswith(f"{tmp_path / 'run'}: right in 0.")
+
+
+def test_it_learns_and_reports_everything(chat_model, files, tmp_path, caplog):
     summary = main(
         arguments(
             chat_model, files, tmp_path, "--learning_rate", "1e-2", "--num_train_epochs", 6, "--min_warmup_steps", 1
         )
     )
     run = tmp_path / "run"
+    assert "chance" not in caplog.text
     assert summary["accuracy"] > 0.9  # chance is 0.5
     assert summary["ci95"][0] < summary["accuracy"] <= summary["ci95"][1]
     assert list(summary["by_rating"]) == list(RATINGS)
