@@ -55,10 +55,10 @@ from benchmarks.memory import forget_peak, peak_since_mib, resident_mib
 from benchmarks.ppo_task import EOS, LENGTHS, LORA, PAD, Task, draw_prompts, save_models
 from configs.model_settings import ModelSettings
 from configs.ppo_settings import PPOSettings
+from reward.collate import budget_for
 from reward.combine import combined_reward
 from rlhf.advantages import gae, masked_whiten, per_token_kl, place_rewards
 from rlhf.draw import sample_seeds
-from reward.collate import budget_for
 from rlhf.load_roles import load_roles
 from rlhf.tokenizer import load_tokenizer
 from rlhf.sequences import Sequences

@@ -146,7 +146,7 @@ def read_stages(settings: PipelineSettings) -> list[Stage]:
                 f"{where} ({row['name']}) has threads: {threads}; "
                 f"give 1 to parallel_stages ({settings.parallel_stages})"
             )
-        if not _has_module(row["run"]):
+        if not (ROOT / "rlhf" / f"{row['run'].replace('.', '/')}.py").is_file():  # a dot leads into a folder
             raise UserError(f"{where} ({row['name']}) runs '{row['run']}', but there is no rlhf/{row['run']}.py")
         before = [stage.name for stage in stages]
         if row["name"] in before:
@@ -158,11 +158,6 @@ def read_stages(settings: PipelineSettings) -> list[Stage]:
         filled.setdefault("seed", settings.seed)
         stages.append(Stage(row["name"], row["run"], tuple(row.get("needs", [])), filled, folder, threads))
     return stages
-
-
-def _has_module(name: str) -> bool:
-    """Whether rlhf/ has it; a dot leads into a folder."""
-    return (ROOT / "rlhf" / f"{name.replace('.', '/')}.py").is_file()
 
 
 def check_stages(stages: list[Stage], awaited: Collection[str] = ()) -> None:

@@ -237,7 +237,7 @@ def _gates(gates: Sequence[Mapping[str, Any]]) -> str:
         for gate in gates
     ]
     about = (
-        "What reward models that no stage was trained against say of a stage and of the one before it, over all "
+        "What reward models that no stage was trained against say of a stage and of an earlier one, over all "
         "prompts: gain in raw score, share of prompts on which they prefer the later one were both equally long, and "
         "why a gate stays shut. In brackets: 95 % interval."
     )
