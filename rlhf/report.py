@@ -21,6 +21,7 @@ from rlhf.report_page import (
     alarm_text,
     cell,
     distillation_text,
+    doubted,
     families_text,
     gate_texts,
     goal_texts,
@@ -63,6 +64,8 @@ def write(
     samples = sample_dialogues(output_dir)
     write_atomic(output_dir / "report.html", page(output_dir, summary, samples))
     show(summary, samples, console)
+    for name, doubt in doubted(summary).items():
+        console.print(Text(f"{name}: {doubt}", style="red"))
     for alarm in summary["alarms"]:
         console.print(Text(alarm_text(alarm), style="red"))
     console.print(f"\nWritten: {output_dir / 'summary.json'} and {output_dir / 'report.html'}", markup=False)

@@ -244,18 +244,46 @@ def _gates(gates: Sequence[Mapping[str, Any]]) -> str:
     return _table(["Stage", "Gate", "Gain", "Win rate", "Why"], rows) + f'<p class="dim">{about}</p>'
 
 
+def doubted(summary: Mapping[str, Any]) -> dict[str, str]:
+    """What is to be said of each reward model or judge that may only be guessing: {its name: a sentence}."""
+    return {name: model["warning"] for name, model in _trained(summary).items() if model["warning"]}
+
+
+def _trained(summary: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """{"Helpfulness model", ..., "Safety judge": its figures}, those that were trained in this run."""
+    groups = (("model", summary["reward_models"]), ("judge", summary["judges"]))
+    named = {f"{name.capitalize()} {word}": model for word, models in groups for name, model in models.items()}
+    return {name: model for name, model in named.items() if model and model["accuracy"] is not None}
+
+
+def _accuracies(summary: Mapping[str, Any]) -> str:
+    """Each model's accuracy, on all its held-out pairs and by their source where there are several."""
+    rows = []
+    for name, model in _trained(summary).items():
+        sources = model["by_source"] if len(model["by_source"]) > 1 else {}
+        whole = {"accuracy": model["accuracy"], "ci95": model["ci95"], "count": model["test_pairs"]}
+        for source, share in {"all": whole, **sources}.items():
+            low, high = share["ci95"] or (None, None)
+            interval = "" if low is None or high is None else f"<small>{_percent(low)}–{_percent(high)}</small>"
+            best = _percent(model["ceiling"]) if source == "all" and model["ceiling"] else "–"
+            right = _percent(share["accuracy"]) + interval
+            rows.append([name, escape(source), right, str(share["count"]), best])
+    if not rows:
+        return ""
+    about = (
+        "How often each prefers the answer that the annotator preferred, on pairs held out from its training, by the "
+        "file they are from. Small figures: 95 % interval. Best possible: annotators err, where it is known how often."
+    )
+    doubts = "".join(f'<p class="missed">{name}: {escape(text)}</p>' for name, text in doubted(summary).items())
+    head = ["Model", "Pairs of", "Right", "Pairs", "Best possible"]
+    return f'{_table(head, rows, range(2, 5))}<p class="dim">{about}</p>{doubts}'
+
+
 def _reward_models(output_dir: Path, summary: Mapping[str, Any]) -> str:
     models = summary["reward_models"]
     tables = {name: (read_json(output_dir / f"reward_{name}") or {}).get("calibration") or [] for name in models}
-    text = [
-        f"<li>{name.capitalize()}: right in {_percent(model['accuracy'])} of {model['test_pairs']} held-out pairs"
-        + (f"; the best possible is {_percent(model['ceiling'])}, because annotators err" if model["ceiling"] else "")
-        + "</li>"
-        for name, model in models.items()
-        if model and model["accuracy"] is not None
-    ]
     return (
-        (f"<ul>{''.join(text)}</ul>" if text else "")
+        _accuracies(summary)
         + _figure(
             plots.accuracy_by_rating(models),
             "accuracy",

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from configs.records import RATINGS
+from reward.evaluation import at_chance
 from rlhf.alarms import spells
 from rlhf.estimates import paired_bootstrap
 
@@ -32,6 +33,7 @@ STAGES = {
     "ppo": Folders("evaluate_ppo", ("ppo",)),
     "gatt": Folders("evaluate_gatt", ("build_gatt", "gatt_sft")),
 }
+OBJECTIVES = ("helpfulness", "safety")  # of reward models, and of the judges that no stage is trained against
 # The same policies on requests of families that no training stage asks.
 HELD_OUT_FAMILIES = {"sft": "families_sft", "ppo": "families_ppo"}
 FIGURES = (
@@ -59,7 +61,8 @@ def build(output_dir: Path, wall_seconds: float) -> dict[str, Any]:
     return finite({
         "wall_seconds": round(max(wall_seconds, active_seconds(output_dir)), 1),
         "stages": [figures for name in STAGES if (figures := _stage(output_dir, name))],
-        "reward_models": {name: _reward_model(output_dir, name) for name in ("helpfulness", "safety")},
+        "reward_models": {name: _reward_model(output_dir / f"reward_{name}") for name in OBJECTIVES},
+        "judges": {name: _reward_model(output_dir / f"judge_{name}") for name in OBJECTIVES},
         "gatt": {name: _persistence(_measured(output_dir, name)) for name in ("baseline", "trained")},
         "held_out_families": {
             name: figures for name, folder in HELD_OUT_FAMILIES.items() if (figures := _families(output_dir / folder))
@@ -195,8 +198,9 @@ def _families(folder: Path) -> dict[str, Any] | None:
     }
 
 
-def _reward_model(output_dir: Path, name: str) -> dict[str, Any] | None:
-    trained = read_json(output_dir / f"reward_{name}")
+def _reward_model(folder: Path) -> dict[str, Any] | None:
+    """How often a model of `rlhf/train_reward.py` was right on held-out pairs; a warning where that may be luck."""
+    trained = read_json(folder)
     if trained is None:
         return None
     columns = {
@@ -208,6 +212,8 @@ def _reward_model(output_dir: Path, name: str) -> dict[str, Any] | None:
     ratings = [rating for rating in RATINGS if rating in columns["accuracy"]]
     return {
         **{key: trained.get(key) for key in ("accuracy", "ceiling", "ci95", "test_pairs", "calibration_error")},
+        "by_source": trained.get("by_source") or {},
+        "warning": at_chance(trained) if trained.get("by_source") else "",
         "by_rating": [{"rating": r} | {name: column.get(r) for name, column in columns.items()} for r in ratings],
     }
 

@@ -176,6 +176,33 @@ def test_reward_models_have_the_strongest_rating_first(finished: Finished):
     }
 
 
+def trained_on(root: Path, folder: str, shares: dict[str, tuple[float, float, float]]) -> None:
+    cells = {name: {"accuracy": a, "ci95": [low, high], "count": 100} for name, (a, low, high) in shares.items()}
+    mean = sum(a for a, _, _ in shares.values()) / len(shares)
+    figures = {"accuracy": mean, "ci95": [mean - 0.07, mean + 0.07], "test_pairs": 100 * len(shares)}
+    put(root / folder, "summary.json", {**figures, "by_source": cells})
+
+
+def test_a_judge_that_may_only_be_guessing_is_told_on_console_and_page(tmp_path: Path):
+    trained_on(tmp_path, "reward_safety", {"red<b>": (0.68, 0.58, 0.76), "help": (0.42, 0.33, 0.51)})
+    trained_on(tmp_path, "judge_safety", {"red<b>": (0.5, 0.4, 0.6), "help": (0.52, 0.42, 0.62)})
+    trained_on(tmp_path, "judge_helpfulness", {"help": (0.65, 0.56, 0.73)})
+    out = io.StringIO()
+    summary = report.write(tmp_path, 1.0, Console(file=out))
+    page, told = (tmp_path / "report.html").read_text(), " ".join(out.getvalue().split())
+    assert summary["reward_models"]["safety"]["warning"] == summary["judges"]["helpfulness"]["warning"] == ""
+    assert summary["judges"]["safety"]["warning"].startswith("right in 0.510")
+    doubt = (
+        "Safety judge: right in 0.510 (0.440 to 0.580) of 200 held-out pairs: on no source surely better than chance"
+    )
+    for text in (told, page):
+        assert text.count(doubt) == text.count("surely better than chance") == 1
+    row = '<td>Safety model</td><td>red&lt;b&gt;</td><td class="number">68%<small>58%–76%</small></td>'
+    assert row + '<td class="number">100</td><td class="number">–</td>' in page
+    assert page.count("<td>Helpfulness judge</td>") == 1  # one source: it is all of them
+    assert page.count("<td>Safety judge</td>") == 3
+
+
 def test_the_gates_are_told_on_console_and_page_in_the_order_of_the_recipe(finished: Finished):
     names = [(gate["name"], gate["passed"]) for gate in finished.summary["gates"]]
     assert names == [("ppo", True), ("gatt", False), ("by_hand", True)]
