@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from configs.chat import ChatFormat
+from reward.correlation import pearson
 from rlhf.advantages import explained_variance, moments
 from rlhf.importance import sampler_figures
 from rlhf.rollout import Rollout
@@ -28,13 +29,23 @@ def repeated_share(tokens: Sequence[int], n: int = NGRAM) -> float:
     return 1.0 - len(set(grams)) / len(grams) if grams else 0.0
 
 
+def length_correlation(scores_N: Tensor, tokens_N: Tensor, k: int) -> float | None:
+    """Pearson's correlation of score and length over the differences from the mean of each prompt's `k` responses,
+    which lie side by side; with `k` 1 over all responses. None where either never differs.
+    """
+    groups = [column_N.double().reshape(-1, k) for column_N in (scores_N, tokens_N)]
+    within = groups if k == 1 else [group - group.mean(1, keepdim=True) for group in groups]
+    return pearson(*(group.flatten().tolist() for group in within))
+
+
 def rollout_figures(rollout: Rollout, count: int, gather: Gather) -> dict[str, float]:
     """Rewards, KL, lengths and repetition of a rollout of `count` prompts.
 
     `reward/` has every reward model and function, over the responses that it applies to. `_std` are standard
     deviations over responses, raw scores in the units of their model; `policy/kl` is a sum over a response, in nats;
-    `response/tokens_p95` is the 95th percentile. `prompts/` has the combined score of the prompts that are and are not
-    tagged safety, and the share of the latter's responses whose score is the safety model's.
+    `response/tokens_p95` is the 95th percentile, `response/length_correlation` that of combined score and length within
+    a prompt: far from 0, PPO is asked for longer or shorter responses. `prompts/` has the combined score of the prompts
+    that are and are not tagged safety, and the share of the latter's responses whose score is the safety model's.
     """
     rewards = {f"reward/{name}": scores_B for name, scores_B in {"combined": rollout.scores_B, **rollout.raw}.items()}
     columns = rewards | {
@@ -52,10 +63,13 @@ def rollout_figures(rollout: Rollout, count: int, gather: Gather) -> dict[str, f
         columns["reward/safety_decides"] = rollout.safety_decides_B
         columns["prompts/ordinary_unsafe"] = torch.where(tagged_B, nothing_B, rollout.safety_decides_B.float())
     by_name = dict(zip(columns, gather(count, *columns.values()).unbind(1), strict=True))
+    lengthwise = length_correlation(by_name["reward/combined"], by_name["response/tokens"], rollout.sequences.k)
     by_name = {name: values_N[~values_N.isnan()] for name, values_N in by_name.items()}  # nan: does not apply
     figures = {name: float(values_N.mean()) for name, values_N in by_name.items() if len(values_N)}
     figures |= {f"{name}_std": float(by_name[name].std(unbiased=False)) for name in rewards if name in figures}
     figures["response/tokens_p95"] = float(by_name["response/tokens"].quantile(0.95))
+    if lengthwise is not None:
+        figures["response/length_correlation"] = lengthwise
     return figures
 
 

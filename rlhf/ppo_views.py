@@ -30,6 +30,9 @@ RESPONSES: dict[str, Lines] = {
         ("response/tokens", "-", "mean"), ("response/tokens_p95", ":", "95th percentile"),
         ("eval/tokens", "o-", "mean, held-out"),
     ],
+    "Correlation of reward and length": [
+        ("response/length_correlation", "-", "training"), ("eval/length_correlation", "o-", "held-out"),
+    ],
     "Share that ended by itself": [("response/stopped", "-", "training"), ("eval/stopped", "o-", "held-out")],
     "Repeated 4-grams": [("response/repetition", "-", "training"), ("eval/repetition", "o-", "held-out")],
     "Share decided by safety": [("reward/safety_decides", "-", "training"), ("eval/safety_decides", "o-", "held-out")],

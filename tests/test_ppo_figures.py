@@ -1,5 +1,6 @@
 """The figures by which PPO is watched, by hand on a made rollout."""
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -74,6 +75,21 @@ def test_rollout_figures_by_hand():
     n = len(made.responses[1]) // 4  # four times the same n tokens: n distinct 4-grams of 4 n - 3
     assert figures["response/repetition"] == pytest.approx((1 - n / (4 * n - 3)) / 3)
     assert ppo_figures.rollout_figures(made, 2, gather)["reward/combined"] == pytest.approx(1.5)  # the surplus is left
+
+
+def test_rewards_are_held_against_lengths_within_a_prompt():
+    scores, tokens = torch.tensor([1.0, 3.0, 9.0, 5.0]), torch.tensor([10.0, 20.0, 2.0, 6.0])
+    # Less their prompt's mean: scores -1 1 2 -2, tokens -5 5 -2 2; (5 + 5 - 4 - 4) / sqrt(10 * 58)
+    assert ppo_figures.length_correlation(scores, tokens, 2) == pytest.approx(2 / 580**0.5)
+    assert ppo_figures.length_correlation(scores, tokens, 1) == pytest.approx(np.corrcoef(scores, tokens)[0, 1])
+    assert ppo_figures.length_correlation(scores, torch.tensor([5.0, 5.0, 8.0, 8.0]), 2) is None
+    assert ppo_figures.length_correlation(torch.ones(4), tokens, 1) is None
+    made = rollout()
+    expected = np.corrcoef([1.0, 2.0, 4.5], [len(response) for response in made.responses])[0, 1]
+    figure = "response/length_correlation"
+    assert ppo_figures.rollout_figures(made, 3, gather)[figure] == pytest.approx(expected)
+    made.scores_B.fill_(1.0)
+    assert figure not in ppo_figures.rollout_figures(made, 3, gather)
 
 
 def test_time_figures_by_hand():
