@@ -25,6 +25,7 @@ from rlhf.report_page import (
     families_text,
     gate_texts,
     goal_texts,
+    known_scores,
     measured,
     page,
 )
@@ -196,10 +197,11 @@ def _show_samples(samples: Sequence[Mapping[str, Any]], console: Console) -> Non
         table = Table(box=box.SIMPLE_HEAD, padding=(0, 1))
         table.add_column("Stage", no_wrap=True)
         table.add_column("Answer", ratio=1, overflow="fold")
-        for name in ("True score", "Helpful reward", "Safety reward"):
-            table.add_column(name, justify="right", width=8)
+        known = known_scores(sample["answers"])
+        for title in known.values():
+            table.add_column(title, justify="right", width=11)
         for answer in sample["answers"]:
-            scores = [answer[key] for key in ("gold", "reward_helpfulness", "reward_safety")]
+            scores = [answer[key] for key in known]
             texts = [Text("–" if score is None else f"{score:.2f}") for score in scores]
             table.add_row(Text(plots.label(answer["stage"])), Text(printable(answer["text"]) or "(empty)"), *texts)
         console.print(table)

@@ -63,6 +63,11 @@ def measured(columns: Sequence[Column], stages: Sequence[Mapping[str, Any]]) -> 
     return [column for column in columns if any(stage.get(column.key) is not None for stage in stages)]
 
 
+def known_scores(answers: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """{key: title} of the scores that at least one of a sample's answers has."""
+    return {key: title for key, title in SCORES.items() if any(answer[key] is not None for answer in answers)}
+
+
 def cell(stage: Mapping[str, Any], column: Column) -> tuple[str, str]:
     """A figure and its interval as text; empty interval where there is none."""
     value = stage.get(column.key)
@@ -368,6 +373,7 @@ def _samples(samples: Sequence[Mapping[str, Any]]) -> str:
         return _missing("No sampled answers were found in this run.")
     parts = []
     for sample in samples:
+        scores = known_scores(sample["answers"])
         said = "".join(
             f'<div class="said"><span class="dim">{escape(m["role"])}</span>\n{escape(m["content"])}</div>'
             for m in sample["messages"]
@@ -376,11 +382,11 @@ def _samples(samples: Sequence[Mapping[str, Any]]) -> str:
             [
                 escape(plots.label(answer["stage"])),
                 f'<div class="said">{escape(answer["text"]) or "(empty)"}</div>',
-                *("–" if (s := answer[key]) is None else f"{s:.2f}" for key in SCORES),
+                *("–" if (s := answer[key]) is None else f"{s:.2f}" for key in scores),
             ]
             for answer in sample["answers"]
         ]
-        table = _table(["Stage", "Answer", *SCORES.values()], rows, range(2, 5)) if rows else ""
+        table = _table(["Stage", "Answer", *scores.values()], rows, range(2, 2 + len(scores))) if rows else ""
         parts.append(f"<h3>{escape(sample['title'])}</h3>{said}{table}")
     return (
         "".join(parts)

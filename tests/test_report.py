@@ -504,6 +504,10 @@ def test_a_run_without_true_scores_has_no_goals_and_shows_what_was_measured(tmp_
     assert row.split() == ["PPO", "1.30", "0.50", "2.50", "20", "90"]  # both rewards, drift, length, seconds
     assert "true scores" not in text
     assert "<th>Unsafe</th>" not in page
+    answers = page[page.index("<h2>Sample dialogues") :]
+    assert '<th class="number">Helpfulness reward</th>' in answers
+    for shown in (answers, text):
+        assert "True score" not in shown
     assert "Held-out judge (raw)" in page  # a panel of PPO's plot
     assert "Held-out judge, ppo: passed" in text
 
