@@ -265,12 +265,12 @@ def _accuracies(summary: Mapping[str, Any]) -> str:
     """Each model's accuracy, on all its held-out pairs and by their source where there are several."""
     rows = []
     for name, model in _trained(summary).items():
-        sources = model["by_source"] if len(model["by_source"]) > 1 else {}
         whole = {"accuracy": model["accuracy"], "ci95": model["ci95"], "count": model["test_pairs"]}
-        for source, share in {"all": whole, **sources}.items():
+        sources = list(model["by_source"].items()) if len(model["by_source"]) > 1 else []
+        for source, share in [("all", whole), *sources]:
             low, high = share["ci95"] or (None, None)
             interval = "" if low is None or high is None else f"<small>{_percent(low)}–{_percent(high)}</small>"
-            best = _percent(model["ceiling"]) if source == "all" and model["ceiling"] else "–"
+            best = _percent(model["ceiling"]) if share is whole and model["ceiling"] else "–"
             right = _percent(share["accuracy"]) + interval
             rows.append([name, escape(source), right, str(share["count"]), best])
     if not rows:
