@@ -11,9 +11,8 @@ from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from matplotlib.figure import Figure
-
 from rlhf import plots
+from rlhf.report_html import CSS, figure_html, missing_html, table_html
 from rlhf.summary import STAGES, read_json, read_rows, read_settings
 
 
@@ -102,29 +101,6 @@ def goal_texts(goal: Mapping[str, Any]) -> tuple[str, str]:
     return f"{shown} ({note})" if note else shown, goal["target"]
 
 
-# Dark and light by the reader's own setting; plots draw in the text colour.
-CSS = """
-:root { color-scheme: light dark; --text: #1c2128; --dim: #626b76; --line: #d5dae0; --back: #ffffff; --box: #f4f6f8; }
-@media (prefers-color-scheme: dark) {
-  :root { --text: #e3e7ec; --dim: #9aa4b0; --line: #3a424c; --back: #15181c; --box: #1e2329; }
-}
-body { color: var(--text); background: var(--back); font: 16px/1.5 system-ui, sans-serif; margin: 0; }
-main { max-width: 68rem; margin: 0 auto; padding: 1.5rem; }
-h1 { margin: 0; } h2 { margin: 2.5rem 0 .5rem; border-bottom: 1px solid var(--line); } h3 { margin: 1.5rem 0 .3rem; }
-p, figcaption { max-width: 46rem; } figcaption, .dim { color: var(--dim); font-size: .9rem; }
-figure { margin: 1rem 0; overflow-x: auto; } svg { width: 100%; min-width: 30rem; height: auto; display: block; }
-figure.narrow svg { max-width: 34rem; }
-.scroll { overflow-x: auto; } table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { padding: .35rem .5rem; text-align: left; border-bottom: 1px solid var(--line); vertical-align: top; }
-th { font-weight: 600; } td.number, th.number { text-align: right; }
-td small { display: block; color: var(--dim); white-space: nowrap; }
-.met { color: #2a8f5b; } .missed { color: #d4493f; font-weight: 600; }
-.said { background: var(--box); border-radius: .4rem; padding: .4rem .8rem; margin: .3rem 0; }
-.said { white-space: pre-wrap; overflow-wrap: anywhere; } td .said { min-width: 16rem; margin: 0; }
-pre { background: var(--box); padding: .8rem; overflow-x: auto; font-size: .85rem; }
-"""
-
-
 def page(output_dir: Path, summary: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]) -> str:
     """The whole HTML page."""
     goals = summary["goals"]
@@ -154,28 +130,6 @@ def page(output_dir: Path, summary: Mapping[str, Any], samples: Sequence[Mapping
 """
 
 
-def _missing(sentence: str) -> str:
-    return f'<p class="dim">{sentence}</p>'
-
-
-def _figure(figure: Figure | None, name: str, caption: str, missing: str, narrow: bool = False) -> str:
-    if figure is None:
-        return _missing(missing)
-    svg = plots.to_svg(figure, name, f"plot: {name}")
-    return f"<figure{' class=narrow' if narrow else ''}>{svg}<figcaption>{escape(caption)}</figcaption></figure>"
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]], numbers: range = range(0)) -> str:
-    """`rows` hold HTML; `numbers` are the columns set flush right."""
-
-    def line(cells: Sequence[str], tag: str) -> str:
-        right = ' class="number"'
-        return "".join(f"<{tag}{right if i in numbers else ''}>{c}</{tag}>" for i, c in enumerate(cells))
-
-    body = "".join(f"<tr>{line(row, 'td')}</tr>" for row in rows)
-    return f'<div class="scroll"><table><tr>{line(head, "th")}</tr>{body}</table></div>'
-
-
 def families_text(summary: Mapping[str, Any]) -> str:
     """A sentence on the requests of families that no stage asked; empty where they were not evaluated."""
     parts = []
@@ -199,14 +153,14 @@ def distillation_text(summary: Mapping[str, Any]) -> str:
 
 def _stages(summary: Mapping[str, Any]) -> str:
     if not summary["stages"]:
-        return _missing("No stage was evaluated in this run.")
+        return missing_html("No stage was evaluated in this run.")
     columns = measured([*COLUMNS, *MORE_COLUMNS], summary["stages"])
     rows = []
     for stage in summary["stages"]:
         figures = [cell(stage, column) for column in columns]
         cells = [figure + (f"<small>{interval}</small>" if interval else "") for figure, interval in figures]
         rows.append([escape(plots.label(stage["name"])), *cells])
-    table = _table(["Stage", *(c.title for c in columns)], rows, range(1, len(columns) + 1))
+    table = table_html(["Stage", *(c.title for c in columns)], rows, range(1, len(columns) + 1))
     meanings = "".join(f"<li><b>{c.title}</b>: {escape(c.meaning)}</li>" for c in columns)
     gains = "".join(
         f"<li>{escape(plots.label(c['before']))} to {escape(plots.label(c['after']))}, {escape(c['decoding'])}: "
@@ -216,7 +170,7 @@ def _stages(summary: Mapping[str, Any]) -> str:
     compared = (
         f"<h3>Helpfulness gained, on the same prompts</h3><ul>{gains}</ul>"
         if gains
-        else _missing("No two stages have true scores on the same prompts, so none are compared by them.")
+        else missing_html("No two stages have true scores on the same prompts, so none are compared by them.")
     )
     families = f"<p>{escape(families_text(summary))}</p><p>{escape(distillation_text(summary))}</p>"
     return f'{table}<p class="dim">Small figures: 95 % interval.</p><ul class="dim">{meanings}</ul>{families}{compared}'
@@ -225,12 +179,12 @@ def _stages(summary: Mapping[str, Any]) -> str:
 def _goals(goals: Sequence[Mapping[str, Any]]) -> str:
     marks = {True: '<span class="met">met</span>', False: '<span class="missed">missed</span>'}
     rows = [[marks[goal["met"]], *(escape(text) for text in (goal["goal"], *goal_texts(goal)))] for goal in goals]
-    return _table(["", "Goal", "Measured", "Target"], rows)
+    return table_html(["", "Goal", "Measured", "Target"], rows)
 
 
 def _gates(gates: Sequence[Mapping[str, Any]]) -> str:
     if not gates:
-        return _missing("No gate compared two stages in this run.")
+        return missing_html("No gate compared two stages in this run.")
     marks = {True: '<span class="met">passed</span>', False: '<span class="missed">failed</span>'}
     rows = [
         [
@@ -246,7 +200,7 @@ def _gates(gates: Sequence[Mapping[str, Any]]) -> str:
         "prompts: gain in raw score, share of prompts on which they prefer the later one were both equally long, and "
         "why a gate stays shut. In brackets: 95 % interval."
     )
-    return _table(["Stage", "Gate", "Gain", "Win rate", "Why"], rows) + f'<p class="dim">{about}</p>'
+    return table_html(["Stage", "Gate", "Gain", "Win rate", "Why"], rows) + f'<p class="dim">{about}</p>'
 
 
 def doubted(summary: Mapping[str, Any]) -> dict[str, str]:
@@ -281,7 +235,7 @@ def _accuracies(summary: Mapping[str, Any]) -> str:
     )
     doubts = "".join(f'<p class="missed">{name}: {escape(text)}</p>' for name, text in doubted(summary).items())
     head = ["Model", "Pairs of", "Right", "Pairs", "Best possible"]
-    return f'{_table(head, rows, range(2, 5))}<p class="dim">{about}</p>{doubts}'
+    return f'{table_html(head, rows, range(2, 5))}<p class="dim">{about}</p>{doubts}'
 
 
 def _reward_models(output_dir: Path, summary: Mapping[str, Any]) -> str:
@@ -289,14 +243,14 @@ def _reward_models(output_dir: Path, summary: Mapping[str, Any]) -> str:
     tables = {name: (read_json(output_dir / f"reward_{name}") or {}).get("calibration") or [] for name in models}
     return (
         _accuracies(summary)
-        + _figure(
+        + figure_html(
             plots.accuracy_by_rating(models),
             "accuracy",
             "How often each reward model prefers the answer that the annotator preferred, by how much better it was "
             "said to be. Dashed: what a perfect model would reach. Dotted: guessing. Thin lines: 95 % intervals.",
             "No reward model with rated pairs was trained in this run.",
         )
-        + _figure(
+        + figure_html(
             plots.calibration(tables),
             "calibration",
             "How sure a reward model is against how often it is right; on the dotted line the two agree. Larger dots: "
@@ -317,7 +271,7 @@ def _scores(output_dir: Path) -> str:
             panels.setdefault(title, {}).setdefault(name, []).extend(scores)
     threshold = read_settings(output_dir / "ppo").get("safety_threshold")
     raw = math.log(threshold / (1 - threshold)) if threshold and 0 < threshold < 1 else None
-    return _figure(
+    return figure_html(
         plots.score_distributions(dict(sorted(panels.items())), raw),
         "scores",
         "Raw scores of sampled answers to held-out requests; the dot is the mean. "
@@ -327,7 +281,7 @@ def _scores(output_dir: Path) -> str:
 
 
 def _rejection_sampling(output_dir: Path) -> str:
-    return _figure(
+    return figure_html(
         plots.best_of_k(read_json(output_dir / "rejection_sampling") or {}),
         "best-of-k",
         "What choosing brings: mean score of the answer with the highest combined reward among n answers. Lines "
@@ -337,7 +291,7 @@ def _rejection_sampling(output_dir: Path) -> str:
 
 
 def _ppo(output_dir: Path) -> str:
-    return _figure(
+    return figure_html(
         plots.ppo_curves(read_rows(output_dir / "ppo", "metrics.jsonl")),
         "ppo",
         "PPO as it went: the reward it maximises, and the KL divergence from the reference policy that it pays for. "
@@ -359,7 +313,7 @@ def _ghost_attention(output_dir: Path, summary: Mapping[str, Any]) -> str:
     about = f" {count} dialogues" if count else ""
     about += f" at temperature {settings['eval_temperature']}" if settings.get("eval_temperature") is not None else ""
     too = " and answer the question too" if settings.get("answer_check") == "gold" else ""
-    return _figure(
+    return figure_html(
         plots.persistence(summary["gatt"]),
         "gatt",
         "The first message of a dialogue gives an instruction; the plot tells how many replies still follow it, turn "
@@ -370,7 +324,7 @@ def _ghost_attention(output_dir: Path, summary: Mapping[str, Any]) -> str:
 
 def _samples(samples: Sequence[Mapping[str, Any]]) -> str:
     if not samples:
-        return _missing("No sampled answers were found in this run.")
+        return missing_html("No sampled answers were found in this run.")
     parts = []
     for sample in samples:
         scores = known_scores(sample["answers"])
@@ -386,7 +340,7 @@ def _samples(samples: Sequence[Mapping[str, Any]]) -> str:
             ]
             for answer in sample["answers"]
         ]
-        table = _table(["Stage", "Answer", *scores.values()], rows, range(2, 2 + len(scores))) if rows else ""
+        table = table_html(["Stage", "Answer", *scores.values()], rows, range(2, 2 + len(scores))) if rows else ""
         parts.append(f"<h3>{escape(sample['title'])}</h3>{said}{table}")
     return (
         "".join(parts)
@@ -404,4 +358,4 @@ def _settings(output_dir: Path) -> str:
     if environments:
         text = json.dumps(environments[0], indent=2, ensure_ascii=False)
         parts.append(f"<details><summary>environment</summary><pre>{escape(text)}</pre></details>")
-    return "".join(parts) or _missing("No stage wrote its settings.")
+    return "".join(parts) or missing_html("No stage wrote its settings.")
