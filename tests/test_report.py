@@ -179,7 +179,7 @@ def test_reward_models_have_the_strongest_rating_first(finished: Finished):
 def trained_on(root: Path, folder: str, shares: dict[str, tuple[float, float, float]]) -> None:
     cells = {name: {"accuracy": a, "ci95": [low, high], "count": 100} for name, (a, low, high) in shares.items()}
     mean = sum(a for a, _, _ in shares.values()) / len(shares)
-    figures = {"accuracy": mean, "ci95": [mean - 0.07, mean + 0.07], "test_pairs": 100 * len(shares)}
+    figures = {"accuracy": mean, "ci95": [mean - 0.07, mean + 0.07], "test_pairs": 100 * len(shares), "ceiling": 0.8}
     put(root / folder, "summary.json", {**figures, "by_source": cells})
 
 
@@ -198,7 +198,9 @@ def test_a_judge_that_may_only_be_guessing_is_told_on_console_and_page(tmp_path:
     for text in (told, page):
         assert text.count(doubt) == text.count("surely better than chance") == 1
     row = '<td>Safety model</td><td>red&lt;b&gt;</td><td class="number">68%<small>58%–76%</small></td>'
-    assert row + '<td class="number">100</td><td class="number">–</td>' in page
+    assert row + '<td class="number">100</td><td class="number">–</td>' in page  # the best possible is of all pairs
+    row = '<td>Safety model</td><td>all</td><td class="number">55%<small>48%–62%</small></td>'
+    assert row + '<td class="number">200</td><td class="number">80%</td>' in page
     assert page.count("<td>Helpfulness judge</td>") == 1  # one source: it is all of them
     assert page.count("<td>Safety judge</td>") == 3
 
